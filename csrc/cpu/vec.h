@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "dtypes.h"
 #include "isa.h"
@@ -58,7 +60,6 @@ inline V load_raw(const T* p) {
 }
 
 // --- widening to the compute type and narrowing with round-to-nearest-even
-// ------------------------------
 
 inline F32 widen(U16Half half_bits, bfloat16) {
   return bit_cast<F32>(__builtin_convertvector(half_bits, U32) << 16);
@@ -107,7 +108,6 @@ inline U16Half narrow(F32 v, float16) {
 }
 
 // --- loads and stores: kLanes<compute_t<S>> elements of storage type S
-// ----------------------------------
 
 template <class S>
 inline Vec<compute_t<S>> load(const S* p) {
@@ -159,8 +159,55 @@ inline void store_partial(S* p, Vec<compute_t<S>> v, int count) {
   std::memcpy(static_cast<void*>(p), lanes, count * sizeof(S));
 }
 
+// The first `count` elements, or a full vector where there are that many: the common case, worth
+// its branch.
+template <class S>
+inline Vec<compute_t<S>> load_up_to(const S* p, int64_t count) {
+  constexpr int64_t kWidth = kLanes<compute_t<S>>;
+  return count >= kWidth ? load(p) : load_partial(p, static_cast<int>(count));
+}
+
+template <class S>
+inline void store_up_to(S* p, Vec<compute_t<S>> v, int64_t count) {
+  constexpr int64_t kWidth = kLanes<compute_t<S>>;
+  count >= kWidth ? store(p, v) : store_partial(p, v, static_cast<int>(count));
+}
+
+template <class S>
+inline compute_t<S> widen_one(S value) {
+  if constexpr (sizeof(S) != 2) {
+    return value;
+  } else if constexpr (std::is_same_v<S, bfloat16>) {
+    return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+  } else {
+#if defined(__F16C__)
+    return _cvtsh_ss(value.bits);
+#else
+    return load_partial(&value, 1)[0];
+#endif
+  }
+}
+
+// kLanes elements, `stride` apart; reads nothing past the last of them.
+template <class S>
+inline Vec<compute_t<S>> load_strided(const S* p, int64_t stride) {
+  using A = compute_t<S>;
+  constexpr int kWidth = kLanes<A>;
+  if (stride == 1) return load(p);
+  if (stride == 2) {
+    // The second load starts one early, so that it ends with the last element wanted.
+    const Vec<A> low = load(p), high = load(p + kWidth - 1);
+    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return __builtin_shufflevector(low, high,
+                                     (2 * kLane < kWidth ? 2 * kLane : 2 * kLane + 1)...);
+    }(std::make_integer_sequence<int, kWidth>{});
+  }
+  Vec<A> v;
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = widen_one(p[lane * stride]);
+  return v;
+}
+
 // --- arithmetic the operators do not spell
-// --------------------------------------------------------------
 
 template <class V>
 inline V fused_multiply_add(V a, V b, V c) {
@@ -184,16 +231,35 @@ inline V fused_multiply_add(V a, V b, V c) {
 
 template <class T>
 inline Vec<T> square_root(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_sqrt_ps((__m512)v);
+  } else {
+    return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  } else {
+    return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+  }
+#else
   for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = std::sqrt(v[lane]);
   return v;
+#endif
 }
 
+// True when every lane of a comparison's result is set.
 template <class M>
-inline bool any(M mask) {
-  M folded = mask;
-  bool found = false;
-  for (unsigned lane = 0; lane < sizeof(M) / sizeof(mask[0]); ++lane) found |= folded[lane] != 0;
-  return found;
+inline bool all(M mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) == -1;
+#else
+  const auto words = bit_cast<VecType<uint64_t>::type>(mask);
+  return (words[0] & words[1]) == ~uint64_t{0};
+#endif
 }
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

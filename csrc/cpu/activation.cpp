@@ -1,0 +1,133 @@
+// Reads the layout of torch tensors, and allocates results in the same one.
+#include "activation.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "poison.h"
+
+namespace fastalex::cpu {
+namespace {
+
+// Merges dims [first, last] into one where their strides nest; returns false where they don't.
+bool fold(const int64_t* sizes, const int64_t* strides, int64_t first, int64_t last, int64_t* size,
+          int64_t* stride) {
+  *size = sizes[last];
+  *stride = strides[last];
+  for (int64_t d = last - 1; d >= first; --d) {
+    if (sizes[d] != 1 && *size != 1 && strides[d] != *stride * *size) return false;
+    if (*size == 1) *stride = strides[d];
+    *size *= sizes[d];
+  }
+  return true;
+}
+
+bool describe(const Tensor& tensor, Map* map) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t dims = tensor.dim();
+  map->data = tensor.data_ptr();
+  map->batch = sizes[0];
+  map->channels = sizes[1];
+  map->batch_stride = strides[0];
+  map->channel_stride = strides[1];
+  map->width = sizes[dims - 1];
+  map->pixel_stride = strides[dims - 1];
+  map->height = 1;
+  map->row_stride = map->width * map->pixel_stride;
+  if (dims > 3 &&
+      !fold(sizes.data(), strides.data(), 2, dims - 2, &map->height, &map->row_stride)) {
+    return false;
+  }
+  const bool one_row = map->height == 1, one_column = map->width == 1;
+  const bool dense_plane =
+      (one_column || map->pixel_stride == 1) && (one_row || map->row_stride == map->width);
+  const bool adjacent_channels = map->channels == 1 || map->channel_stride == 1;
+  map->channels_last = !dense_plane;
+  if (!dense_plane && !adjacent_channels) return false;
+  if (!map->channels_last) {
+    map->pixel_stride = 1;
+    map->row_stride = map->width;
+  }
+  return true;
+}
+
+// More dims than any activation has.
+constexpr size_t kMaxDims = 8;
+
+std::array<int64_t, kMaxDims> dense_strides(Sizes sizes, bool channels_last) {
+  std::array<int64_t, kMaxDims> strides{};
+  int64_t step = 1;
+  if (channels_last) {
+    strides[1] = 1;
+    step = std::max<int64_t>(sizes[1], 1);
+  }
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (d == 1 && channels_last) continue;
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return strides;
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return DType::kFloat32;
+    case torch::headeronly::ScalarType::Double:
+      return DType::kFloat64;
+    case torch::headeronly::ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case torch::headeronly::ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false,
+                      "fastalex: the CPU kernels take float32, float64, bfloat16 and float16");
+  }
+}
+
+int32_t dtype_code(const Tensor& tensor) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+Activation read(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "fastalex: the CPU kernels take CPU tensors");
+  STD_TORCH_CHECK(tensor.dim() >= 3 && tensor.dim() <= static_cast<int64_t>(kMaxDims),
+                  "fastalex: expected [N, C, ...] of 3 to ", kMaxDims, " dims, got ", tensor.dim());
+  Activation activation{tensor, {}};
+  if (!describe(activation.tensor, &activation.map)) {
+    activation.tensor = torch::stable::contiguous(tensor);
+    describe(activation.tensor, &activation.map);
+  }
+  return activation;
+}
+
+Activation read_as(const Tensor& tensor, bool channels_last) {
+  Activation activation = read(tensor);
+  if (activation.map.channels_last == channels_last || tensor.numel() == 0) return activation;
+  Activation copy = create(dtype_code(tensor), tensor.sizes(), channels_last);
+  torch::stable::copy_(copy.tensor, tensor);
+  return copy;
+}
+
+Activation create(int32_t dtype, Sizes sizes, bool channels_last) {
+  const auto strides = dense_strides(sizes, channels_last);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Activation activation{Tensor(handle), {}};
+  describe(activation.tensor, &activation.map);
+  activation.map.channels_last = channels_last;
+  if (poison_enabled()) {
+    std::memset(activation.map.data, 0xff,
+                activation.tensor.numel() * activation.tensor.element_size());
+  }
+  return activation;
+}
+
+}  // namespace fastalex::cpu

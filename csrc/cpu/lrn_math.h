@@ -1,0 +1,81 @@
+// The arithmetic of local response normalization: powers, windows and their sums.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastalex::cpu::FASTALEX_ISA {
+
+enum class Beta { kThreeQuarters, kHalf, kOne, kAny };
+
+#if defined(__AVX2__)
+// s^-1/2 for normal s, within 2 ulp: the hardware's estimate (2^-14 or 2^-12) and Newton steps.
+inline F32 refined_rsqrt(F32 s) {
+  const F32 minus_half = s * -0.5f;
+#if defined(__AVX512F__)
+  F32 r = (F32)_mm512_rsqrt14_ps((__m512)s);
+#else
+  F32 r = (F32)_mm256_rsqrt_ps((__m256)s);
+  r *= fused_multiply_add(minus_half * r, r, broadcast(1.5f));
+#endif
+  return r * fused_multiply_add(minus_half * r, r, broadcast(1.5f));
+}
+#endif
+
+template <class A>
+inline Vec<A> inverse_three_quarter_power(Vec<A> s) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    if (__builtin_expect(all((s >= FLT_MIN) & (s <= FLT_MAX)), 1)) {
+      const F32 r = refined_rsqrt(s);     // s^-1/2, again a normal number
+      return (r * r) * refined_rsqrt(r);  // s^-1 * s^1/4
+    }
+  }
+#endif
+  const Vec<A> root = square_root<A>(s);
+  return A(1) / (root * square_root<A>(root));
+}
+
+// s^-beta
+template <Beta kBeta, class A>
+inline Vec<A> inverse_power(Vec<A> s, A beta) {
+  if constexpr (kBeta == Beta::kThreeQuarters) return inverse_three_quarter_power<A>(s);
+  if constexpr (kBeta == Beta::kHalf) return A(1) / square_root<A>(s);
+  if constexpr (kBeta == Beta::kOne) return A(1) / s;
+  for (int lane = 0; lane < kLanes<A>; ++lane) s[lane] = std::pow(s[lane], -beta);
+  return s;
+}
+
+// LrnParams in the compute type, with the window already clipped to what a group can hold.
+template <class A>
+struct LrnWindow {
+  A scale, beta, k;
+  int64_t group_channels, groups;
+  int64_t before, after;  // the window of channel c is [c - before, c + after]
+
+  LrnWindow(const LrnParams& p, int64_t channels)
+      : scale(static_cast<A>(p.scale)),
+        beta(static_cast<A>(p.beta)),
+        k(static_cast<A>(p.k)),
+        group_channels(channels / p.groups),
+        groups(p.groups),
+        before(std::min(p.size / 2, std::max<int64_t>(group_channels - 1, 0))),
+        after(std::min(p.size - 1 - p.size / 2, std::max<int64_t>(group_channels - 1, 0))) {}
+
+  int64_t size() const { return before + after + 1; }
+};
+
+// Sum of kSize (or, where it is 0, `size`) vectors, `step` elements apart.
+template <int kSize, class A>
+inline Vec<A> window_sum(const A* first, int64_t size) {
+  Vec<A> sum = load(first);
+  const int64_t count = kSize ? kSize : size;
+  for (int64_t j = 1; j < count; ++j) sum += load(first + j);
+  return sum;
+}
+
+}  // namespace fastalex::cpu::FASTALEX_ISA

@@ -1,0 +1,191 @@
+// LRN and max-pooling in one pass, forward and backward: the normalised map never reaches memory.
+#include "lrn_rows.h"
+#include "op_entries.h"
+#include "parallel.h"
+#include "pool_rows.h"
+
+namespace fastalex::cpu::FASTALEX_ISA {
+namespace {
+
+// Scratch of one thread in the NCHW kernels, in elements: about half of a 1 MiB L2.
+constexpr int64_t kBandElements = 128 * 1024;
+
+// --- channels_last: a ring of normalised rows, each computed once per thread
+
+// Normalised rows [h - capacity + 1, h] of one image, rounded to S, so that the pool compares what
+// the unfused pair would compare.
+template <class S>
+class NormalizedRows {
+ public:
+  NormalizedRows(const LrnParams& lrn, const Map& in, int64_t capacity)
+      : in_(in),
+        capacity_(capacity),
+        row_size_(in.width * in.channels),
+        normalizer_(make_lrn_forward<S>(lrn, in)),
+        rows_(capacity * row_size_) {}
+
+  // Makes row h of image n present; rows of an image must be asked for in ascending order.
+  const S* get(int64_t n, int64_t h) {
+    if (n != image_) {
+      image_ = n;
+      next_ = h;
+    }
+    for (next_ = std::max(next_, h - capacity_ + 1); next_ <= h; ++next_) {
+      normalizer_->run(row_at<const S>(in_, n, next_), in_.pixel_stride, row(next_), in_.channels,
+                       in_.width);
+    }
+    return row(h);
+  }
+
+ private:
+  S* row(int64_t h) { return rows_.data() + h % capacity_ * row_size_; }
+
+  const Map& in_;
+  int64_t capacity_, row_size_;
+  int64_t image_ = -1, next_ = 0;
+  std::unique_ptr<LrnForward<S>> normalizer_;
+  Scratch<S> rows_;
+};
+
+// Reads x once (and kernel_h - stride_h rows of it again where two threads meet), writes y once.
+template <class S, class Offset, bool kTrack>
+void forward_pixels(const LrnMaxPoolCall& call) {
+  const Map &in = call.pool.input, &out = call.pool.output;
+  const PoolParams& pool = call.pool.pool;
+  parallel_for(out.batch * out.height, grain(in.width * in.channels * pool.stride_h),
+               [&](int64_t begin, int64_t end) {
+                 NormalizedRows<S> normalized(call.lrn, in, pool.kernel_h);
+                 PixelPool<S, Offset, kTrack> kernel(pool, out.channels);
+                 Scratch<const S*> rows(pool.kernel_h);
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = i / out.height, oh = i % out.height;
+                   const int64_t top = oh * pool.stride_h - pool.padding_h;
+                   const TapRange range(top, pool.kernel_h, 1, in.height);
+                   for (int64_t kh = range.first; kh < range.last; ++kh) {
+                     rows[kh - range.first] = normalized.get(n, top + kh);
+                   }
+                   kernel.run(rows.data(), range, in.width, in.channels, row_at<S>(out, n, oh),
+                              out.pixel_stride,
+                              kTrack ? row_at<Offset>(call.pool.offsets, n, oh) : nullptr,
+                              out.width);
+                 }
+               });
+}
+
+template <class S, class Offset>
+void backward_pixels(const LrnMaxPoolBackwardCall& call) {
+  using A = compute_t<S>;
+  const Map &in = call.input, &out = call.pool.grad_input;
+  parallel_for(in.batch * in.height, grain(in.width * in.channels),
+               [&](int64_t begin, int64_t end) {
+                 PixelUnpool<S, Offset, A> unpool(call.pool.pool, in.channels);
+                 const auto gradient = make_lrn_backward<S, A>(call.lrn, in);
+                 Scratch<A> row(in.width * in.channels);
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = i / in.height, h = i % in.height;
+                   unpool.run(h, call.pool.grad, n, row_at<const Offset>(call.pool.offsets, n, 0),
+                              row.data(), in.channels, in.width);
+                   gradient->run(row.data(), in.channels, row_at<const S>(in, n, h),
+                                 in.pixel_stride, row_at<S>(out, n, h), out.pixel_stride, in.width);
+                 }
+               });
+}
+
+// --- NCHW: bands of rows, all channels of a band in L2
+
+// Rows of a band that leaves room for `channels` channels of it in kBandElements.
+int64_t band_rows(const Map& map) {
+  return std::max<int64_t>(1, kBandElements / std::max<int64_t>(1, map.channels * map.width));
+}
+
+template <class S, class Offset, bool kTrack>
+void forward_planes(const LrnMaxPoolCall& call) {
+  const Map &in = call.pool.input, &out = call.pool.output;
+  const PoolParams& pool = call.pool.pool;
+  const int64_t out_rows =
+      std::clamp<int64_t>((band_rows(in) - pool.kernel_h) / pool.stride_h + 1, 1, out.height);
+  const int64_t in_rows = (out_rows - 1) * pool.stride_h + pool.kernel_h;
+  const int64_t bands = (out.height + out_rows - 1) / out_rows;
+  parallel_for(
+      out.batch * bands, grain(in_rows * in.width * in.channels), [&](int64_t begin, int64_t end) {
+        const auto normalizer = make_lrn_forward<S>(call.lrn, in);
+        PlanePool<S, Offset, kTrack> kernel(pool, in.width, out.width);
+        Scratch<S> band(in.channels * in_rows * in.width);
+        Scratch<const S*> rows(pool.kernel_h);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / bands, oh_first = i % bands * out_rows;
+          const int64_t oh_last = std::min(out.height, oh_first + out_rows);
+          const int64_t ih_first = std::max<int64_t>(0, oh_first * pool.stride_h - pool.padding_h);
+          const int64_t ih_last =
+              std::min(in.height, (oh_last - 1) * pool.stride_h - pool.padding_h + pool.kernel_h);
+          const int64_t pitch = (ih_last - ih_first) * in.width;
+          normalizer->run(plane_at<const S>(in, n, 0) + ih_first * in.width, in.channel_stride,
+                          band.data(), pitch, pitch);
+          for (int64_t c = 0; c < in.channels; ++c) {
+            for (int64_t oh = oh_first; oh < oh_last; ++oh) {
+              const int64_t top = oh * pool.stride_h - pool.padding_h;
+              const TapRange range(top, pool.kernel_h, 1, in.height);
+              for (int64_t kh = range.first; kh < range.last; ++kh) {
+                rows[kh - range.first] = band.data() + c * pitch + (top + kh - ih_first) * in.width;
+              }
+              kernel.run(
+                  rows.data(), range, plane_at<S>(out, n, c) + oh * out.width,
+                  kTrack ? plane_at<Offset>(call.pool.offsets, n, c) + oh * out.width : nullptr);
+            }
+          }
+        }
+      });
+}
+
+template <class S, class Offset>
+void backward_planes(const LrnMaxPoolBackwardCall& call) {
+  using A = compute_t<S>;
+  const Map &in = call.input, &out = call.pool.grad_input, &grad = call.pool.grad;
+  const int64_t height = std::min(in.height, band_rows(in));
+  const int64_t bands = (in.height + height - 1) / height;
+  parallel_for(in.batch * bands, grain(height * in.width * in.channels),
+               [&](int64_t begin, int64_t end) {
+                 PlaneUnpool<S, Offset> unpool(call.pool.pool, in.height, in.width);
+                 const auto gradient = make_lrn_backward<S, A>(call.lrn, in);
+                 Scratch<A> band(in.channels * height * in.width);
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = i / bands, first = i % bands * height;
+                   const int64_t last = std::min(in.height, first + height);
+                   const int64_t pitch = (last - first) * in.width;
+                   for (int64_t c = 0; c < in.channels; ++c) {
+                     unpool.run(plane_at<const S>(grad, n, c),
+                                plane_at<const Offset>(call.pool.offsets, n, c), grad.height,
+                                grad.width, first, last, band.data() + c * pitch);
+                   }
+                   gradient->run(band.data(), pitch, plane_at<const S>(in, n, 0) + first * in.width,
+                                 in.channel_stride, plane_at<S>(out, n, 0) + first * in.width,
+                                 out.channel_stride, pitch);
+                 }
+               });
+}
+
+}  // namespace
+
+void lrn_max_pool(const LrnMaxPoolCall& call) {
+  visit_dtype(call.pool.dtype, [&](auto storage) {
+    visit_offsets(call.pool.pool, call.pool.offsets.data != nullptr, [&](auto offset, auto track) {
+      using S = decltype(storage);
+      using Offset = decltype(offset);
+      call.pool.input.channels_last ? forward_pixels<S, Offset, track()>(call)
+                                    : forward_planes<S, Offset, track()>(call);
+    });
+  });
+}
+
+void lrn_max_pool_backward(const LrnMaxPoolBackwardCall& call) {
+  visit_dtype(call.pool.dtype, [&](auto storage) {
+    visit_offsets(call.pool.pool, true, [&](auto offset, auto) {
+      using S = decltype(storage);
+      using Offset = decltype(offset);
+      call.input.channels_last ? backward_pixels<S, Offset>(call)
+                               : backward_planes<S, Offset>(call);
+    });
+  });
+}
+
+}  // namespace fastalex::cpu::FASTALEX_ISA

@@ -1,0 +1,11 @@
+"""Hand-written CPU and GPU kernels that run the AlexNet family of networks in PyTorch at hardware speed."""
+
+from importlib.metadata import version as _version
+
+from fastalex import models, ops, reference
+
+from fastalex.backends import BackendError, use_backend
+
+__version__ = _version("fastalex")
+
+__all__ = ["BackendError", "models", "ops", "reference", "use_backend"]

@@ -1,0 +1,110 @@
+"""Which implementation runs a call: the tables, the choice, its reasons, and how to force it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+#: Every backend, in the order in which `auto` considers them.
+NAMES = ("cpu", "onednn", "triton", "cuda", "cupy", "torch")
+
+#: Gives the reason why a backend cannot serve a call, and what would mend it; None where it can.
+Refusal = Callable[..., "str | None"]
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot serve the call."""
+
+
+def _checked(name: str, source: str) -> str | None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source} is '{name}'; it can be auto or one of {', '.join(NAMES)}")
+    return None if name == "auto" else name
+
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "fastalex_backend",
+    default=_checked(os.environ.get("FASTALEX_BACKEND", "auto"), "FASTALEX_BACKEND"),
+)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every fastalex operator inside the ``with`` block on one backend.
+
+    Args:
+        name: one of ``cpu``, ``onednn``, ``triton``, ``cuda``, ``cupy``, ``torch``, or ``auto``
+            to lift an outer choice.
+
+    Raises:
+        ValueError: for an unknown name.
+        BackendError: from a call inside the block that the backend cannot serve.
+    """
+    token = _forced.set(_checked(name, "use_backend's name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of an operator."""
+
+    backend: str
+    run: Callable[..., Any]
+    refuse: Refusal
+
+
+class KernelTable:
+    """The implementations of one operator, in order of preference."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.kernels: tuple[Kernel, ...] = ()
+
+    def add(self, backend: str, run: Callable[..., Any], refuse: Refusal) -> None:
+        entries = [*self.kernels, Kernel(backend, run, refuse)]
+        self.kernels = tuple(sorted(entries, key=lambda kernel: NAMES.index(kernel.backend)))
+
+    def choose(self, *args: Any) -> Kernel:
+        """The kernel that serves this call; raises BackendError where a forced one cannot."""
+        forced = _forced.get()
+        if forced is not None:
+            return self._forced_kernel(forced, args)
+        for kernel in self.kernels:
+            if kernel.refuse(*args) is None:
+                return kernel
+        reasons = "; ".join(f"{k.backend}: {k.refuse(*args)}" for k in self.kernels)
+        raise BackendError(f"no backend can run {self.op}: {reasons}")
+
+    def _forced_kernel(self, forced: str, args: tuple[Any, ...]) -> Kernel:
+        for kernel in self.kernels:
+            if kernel.backend == forced:
+                reason = kernel.refuse(*args)
+                if reason is None:
+                    return kernel
+                raise BackendError(f"backend '{forced}' cannot run this {self.op}: {reason}")
+        have = ", ".join(kernel.backend for kernel in self.kernels)
+        raise BackendError(f"{self.op} has no backend '{forced}'; it has {have}")
+
+    def explain(self, *args: Any) -> str:
+        """A line per backend: chosen, able, or refused and why."""
+        try:
+            chosen = self.choose(*args).backend
+        except BackendError:
+            chosen = None
+        lines = [f"{self.op}: runs on {chosen or 'nothing'}" + (" (forced)" * bool(_forced.get()))]
+        for kernel in self.kernels:
+            reason = kernel.refuse(*args)
+            verdict = "chosen" if kernel.backend == chosen else "able, not needed"
+            lines.append(f"  {kernel.backend:7} {verdict if reason is None else 'no: ' + reason}")
+        return "\n".join(lines)
+
+
+def no_refusal(*args: Any) -> None:
+    """The refusal of a backend that serves every call."""

@@ -1,0 +1,17 @@
+"""Drop-in operators and layers: replacing an import is the whole migration."""
+
+from fastalex.ops.conv_relu import Conv2dReLU, conv2d_relu
+from fastalex.ops.lrn import LocalResponseNorm, local_response_norm
+from fastalex.ops.lrn_max_pool import LRNMaxPool2d, lrn_max_pool2d
+from fastalex.ops.max_pool import MaxPool2d, max_pool2d
+
+__all__ = [
+    "Conv2dReLU",
+    "LRNMaxPool2d",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "conv2d_relu",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+]

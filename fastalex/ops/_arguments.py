@@ -1,0 +1,60 @@
+"""Argument checks shared by the operators: what was wrong, and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+def pair(value: Any, name: str, minimum: int) -> Pair:
+    """An int, or one or two of them, as (height, width)."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} is {value!r}; it must be an int or a pair of ints")
+    if min(values) < minimum:
+        raise ValueError(f"{name} is {value!r}; it must be at least {minimum}")
+    return values  # type: ignore[return-value]
+
+
+def require_floating(input: Tensor, name: str) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(
+            f"{name}: input is {input.dtype}; it must be float32, float64, bfloat16 or float16"
+        )
+
+
+def require_rank(input: Tensor, ranks: Sequence[int], name: str) -> None:
+    if input.dim() not in ranks:
+        allowed = " or ".join(f"{rank}-D" for rank in ranks)
+        raise ValueError(
+            f"{name}: input is {input.dim()}-D {tuple(input.shape)}; it must be {allowed}"
+        )
+
+
+def lrn_scale(
+    input: Tensor, size: int, alpha: float, groups: int, alpha_mode: str, name: str
+) -> float:
+    """Checks LRN's arguments; returns what multiplies the sum of squares."""
+    require_floating(input, name)
+    if input.dim() < 3:
+        raise ValueError(
+            f"{name}: input is {input.dim()}-D {tuple(input.shape)}; it must be [N, C, ...], 3-D or more"
+        )
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name}: size is {size!r}; it must be a positive int")
+    channels = input.shape[1]
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"{name}: groups is {groups!r}; it must divide the {channels} channels")
+    if alpha_mode == "mean":
+        return alpha / size
+    if alpha_mode == "sum":
+        return alpha
+    raise ValueError(f"{name}: alpha_mode is {alpha_mode!r}; it can be 'mean' or 'sum'")

@@ -1,0 +1,271 @@
+"""Convolution, bias and ReLU in one pass: ``conv2d_relu`` and the layer ``Conv2dReLU``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalex import reference
+from fastalex._geometry import empty_in_layout, is_channels_last
+from fastalex.backends import no_refusal
+from fastalex.ops import _onednn
+from fastalex.ops._arguments import Pair, pair, require_floating, require_rank
+from fastalex.ops._operator import LIBRARY, Operator, forward_ad_active, needs_dispatcher
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    sizes = (
+        (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1)
+        // stride[d]
+        + 1
+        for d in (0, 1)
+    )
+    return empty_in_layout(input, (input.shape[0], weight.shape[0], *sizes))
+
+
+def _fake_backward(
+    grad: Tensor, output: Tensor, input: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_input, wants_weight, wants_bias = arguments[-1]
+    nothing = (0,)
+    return (
+        empty_in_layout(input, input.shape) if wants_input else input.new_empty(nothing),
+        empty_in_layout(weight, weight.shape) if wants_weight else input.new_empty(nothing),
+        input.new_empty((weight.shape[0],) if wants_bias else nothing),
+    )
+
+
+CONV_RELU = Operator(
+    f"conv_relu(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", _fake
+)
+CONV_RELU_BACKWARD = Operator(
+    f"conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _torch_conv_relu(input: Tensor, *arguments: Any) -> Tensor:
+    return _in_layout(reference.conv_relu(input, *arguments), input)
+
+
+def _torch_backward(
+    grad: Tensor, output: Tensor, input: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_input, wants_weight, _ = arguments[-1]
+    grad_input, grad_weight, grad_bias = reference.conv_relu_backward(
+        grad, output, input, weight, *arguments
+    )
+    return (
+        _in_layout(grad_input, input) if wants_input else grad_input,
+        _in_layout(grad_weight, weight) if wants_weight else grad_weight,
+        grad_bias,
+    )
+
+
+def _in_layout(result: Tensor, like: Tensor) -> Tensor:
+    """torch's convolutions choose a layout of their own now and then; ours keep the input's."""
+    format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return result.contiguous(memory_format=format)
+
+
+CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
+CONV_RELU.kernels.add("onednn", _onednn.conv_relu, _onednn.refuse)
+CONV_RELU_BACKWARD.kernels.add("torch", _torch_backward, no_refusal)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, *geometry = inputs
+    ctx.geometry = geometry
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(input, weight, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, output = ctx.saved_tensors
+    wanted = [bool(need) for need in ctx.needs_input_grad[:3]]
+    wanted[2] = wanted[2] and ctx.has_bias
+    grads = CONV_RELU_BACKWARD.dispatch(grad, output, input, weight, *ctx.geometry, wanted)
+    kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return *kept, *(None,) * 4
+
+
+CONV_RELU.register_autograd(_backward, _save)
+CONV_RELU_BACKWARD.differentiate_reference(reference.conv_relu_backward, tensors=[0, 2, 3])
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, int]:
+    """vmap maps over the reference: torch knows how to fold a mapped weight into groups."""
+    return torch.func.vmap(reference.conv_relu, in_dims)(*args), 0
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    wanted = args[-1]
+    outputs = torch.func.vmap(reference.conv_relu_backward, in_dims)(*args)
+    return outputs, tuple(0 if want else None for want in wanted)
+
+
+def _autocast(device: str) -> Any:
+    def cast(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """What autocast does to conv2d: everything in the region's dtype, float64 left alone."""
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [
+            tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor
+            for tensor in (input, weight, bias)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
+            output: Tensor = CONV_RELU.dispatch(*tensors, *geometry)
+        return output
+
+    return cast
+
+
+def _autocast_keys(device: str) -> Any:
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+
+for _device in ("cpu", "cuda"):
+    LIBRARY.impl("conv_relu", _autocast(_device), f"Autocast{_device.upper()}")
+torch.library.register_vmap("fastalex::conv_relu", _vmap, lib=LIBRARY)
+torch.library.register_vmap("fastalex::conv_relu_backward", _vmap_backward, lib=LIBRARY)
+
+
+def _checked_padding(padding: Any, weight: Tensor, stride: Pair, dilation: Pair) -> Any:
+    """(height, width), or the four margins that an uneven padding='same' needs."""
+    if not isinstance(padding, str):
+        return pair(padding, "padding", 0)
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        raise ValueError(
+            f"padding is {padding!r}; it can be 'valid', 'same', an int or a pair of ints"
+        )
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, and stride is {stride}")
+    reach = [dilation[d] * (weight.shape[d + 2] - 1) for d in (0, 1)]
+    if not (reach[0] % 2 or reach[1] % 2):
+        return reach[0] // 2, reach[1] // 2
+    return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> None:
+    name = "conv2d_relu"
+    require_floating(input, name)
+    require_rank(input, (3, 4), name)
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
+    for label, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
+        if tensor is not None and tensor.dtype != input.dtype and not _autocasting(input):
+            raise TypeError(
+                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
+            )
+    outputs, channels = weight.shape[:2]
+    if not isinstance(groups, int) or groups < 1 or outputs % groups:
+        raise ValueError(
+            f"{name}: groups is {groups!r}; it must divide the {outputs} output channels"
+        )
+    if input.shape[-3] != channels * groups:
+        raise ValueError(
+            f"{name}: input has {input.shape[-3]} channels; weight {tuple(weight.shape)} in {groups} "
+            f"groups takes {channels * groups}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"{name}: bias is {tuple(bias.shape)}; it must be ({outputs},)")
+    for d in (0, 1):
+        reach = dilation[d] * (weight.shape[d + 2] - 1) + 1
+        if weight.shape[d + 2] < 1 or input.shape[d - 2] + 2 * padding[d] < reach:
+            raise ValueError(
+                f"{name}: a kernel of {tuple(weight.shape[2:])} with dilation {dilation} does not "
+                f"fit input {tuple(input.shape)} with padding {padding}"
+            )
+
+
+def _autocasting(input: Tensor) -> bool:
+    return torch.is_autocast_enabled(input.device.type)
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(input, weight, bias, ...))`` in one pass; takes what :func:`torch.nn.functional.conv2d` takes.
+
+    NaN stays NaN, as in torch's ReLU. The backward pass takes the ReLU's mask from the saved output. Under autocast it
+    runs in the region's dtype, as conv2d does.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], float32, float64, bfloat16 or float16; the result has its layout, and
+            channels_last is the fast one.
+        weight: [K, C / groups, R, S].
+        bias: [K] or None.
+        stride, padding, dilation: an int or (height, width); padding can also be ``"valid"`` or ``"same"``.
+        groups: blocks of channels convolved apart.
+
+    Returns:
+        [N, K, OH, OW] in the input's dtype and layout.
+
+    Raises:
+        TypeError: for an input that is not floating point, or a weight or bias of another dtype.
+        ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
+    """
+    steps = pair(stride, "stride", 1)
+    spread = pair(dilation, "dilation", 1)
+    pads = _checked_padding(padding, weight, steps, spread)
+    batched = input if input.dim() != 3 else input.unsqueeze(0)
+    if len(pads) == 4:  # padding='same' around an even kernel
+        batched, pads = F.pad(batched, pads), (0, 0)
+    _check(batched, weight, bias, pads, spread, groups)
+    arguments = (batched, weight, bias, steps, pads, spread, groups)
+    if needs_dispatcher(input, weight, bias) or _autocasting(input):
+        forward = reference.conv_relu if forward_ad_active() else CONV_RELU.dispatch
+        output: Tensor = forward(*arguments)
+    else:
+        output = CONV_RELU.run(*arguments)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+class Conv2dReLU(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` followed by ReLU, on :func:`conv2d_relu`; same constructor, same state dict."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            padding = self.padding
+        else:
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return conv2d_relu(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+        )

@@ -1,0 +1,137 @@
+"""Local response normalization across channels: ``local_response_norm`` and the layer ``LocalResponseNorm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalex import reference
+from fastalex._geometry import empty_in_layout
+from fastalex.backends import no_refusal
+from fastalex.ops import _cpu
+from fastalex.ops._arguments import lrn_scale
+from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+
+_ARGUMENTS = "int size, float scale, float beta, float k, int groups"
+
+
+def _like_input(input: Tensor, *arguments: Any) -> Tensor:
+    return empty_in_layout(input, input.shape)
+
+
+def _like_second(grad: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    return empty_in_layout(input, input.shape)
+
+
+LRN = Operator(f"lrn(Tensor input, {_ARGUMENTS}) -> Tensor", _like_input)
+LRN_BACKWARD = Operator(
+    f"lrn_backward(Tensor grad, Tensor input, {_ARGUMENTS}) -> Tensor", _like_second
+)
+
+LRN.kernels.add("torch", reference.lrn, no_refusal)
+LRN_BACKWARD.kernels.add("torch", reference.lrn_backward, no_refusal)
+if _cpu.library is not None:
+    LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
+    LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.arguments = inputs[1:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (input,) = ctx.saved_tensors
+    return LRN_BACKWARD.dispatch(grad, input, *ctx.arguments), *(None,) * len(ctx.arguments)
+
+
+LRN.register_autograd(_backward, _save)
+LRN.register_vmap([0])
+LRN_BACKWARD.differentiate_reference(reference.lrn_backward, tensors=[0, 1])
+LRN_BACKWARD.register_vmap([0, 1])
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    groups: int = 1,
+    alpha_mode: str = "mean",
+) -> Tensor:
+    r"""Local response normalization across channels; stands in for :func:`torch.nn.functional.local_response_norm`.
+
+    .. math:: y_c = x_c \Bigl(k + s \sum_{j} x_j^2\Bigr)^{-\beta}
+
+    over the ``size`` channels j in [c - size // 2, c + (size - 1) // 2] that lie in c's group; s is alpha / size in
+    mode ``"mean"`` (torch, Caffe, cuDNN, cuda-convnet2) and alpha in mode ``"sum"`` (section 3.3 of the AlexNet
+    paper as printed). float16 and bfloat16 accumulate in float32. Saves ``input`` alone for the backward pass.
+
+    Args:
+        input: [N, C, ...], float32, float64, bfloat16 or float16; contiguous and channels_last are both served
+            in place, and the result has the same layout.
+        size: channels in a window, any positive number.
+        alpha: weight of the squares.
+        beta: exponent; 0.75, 0.5 and 1 have fast paths on the CPU.
+        k: added to the weighted sum.
+        groups: channels are normalised inside each of ``groups`` equal groups (the towers of the two-GPU net).
+        alpha_mode: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and layout.
+
+    Raises:
+        TypeError: for an input that is not floating point.
+        ValueError: for fewer than three dimensions, a non-positive size, groups that don't divide the channels, or
+            an unknown alpha_mode.
+
+    The CPU kernels need scratch of at most a few hundred KiB a thread.
+    """
+    scale = lrn_scale(input, size, alpha, groups, alpha_mode, "local_response_norm")
+    if needs_dispatcher(input):
+        if forward_ad_active():
+            return reference.lrn(input, size, scale, beta, k, groups)
+        output: Tensor = LRN.dispatch(input, size, scale, beta, k, groups)
+        return output
+    return LRN.run(input, size, scale, beta, k, groups)  # type: ignore[no-any-return]
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """:class:`torch.nn.LocalResponseNorm` on :func:`local_response_norm`, with ``groups`` and ``alpha_mode``."""
+
+    def __init__(
+        self,
+        size: int,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
+        *,
+        groups: int = 1,
+        alpha_mode: str = "mean",
+    ) -> None:
+        super().__init__(size, alpha, beta, k)
+        self.groups = groups
+        self.alpha_mode = alpha_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        return local_response_norm(
+            input,
+            self.size,
+            self.alpha,
+            self.beta,
+            self.k,
+            groups=self.groups,
+            alpha_mode=self.alpha_mode,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.alpha_mode != "mean":
+            text += f", alpha_mode={self.alpha_mode!r}"
+        return text

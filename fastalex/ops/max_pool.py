@@ -1,0 +1,228 @@
+"""Max-pooling that saves one byte an output: ``max_pool2d`` and the layer ``MaxPool2d``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalex import reference
+from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
+from fastalex.backends import no_refusal
+from fastalex.ops import _cpu
+from fastalex.ops._arguments import Pair, pair, require_rank
+from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+
+Geometry = tuple[Pair, Pair, Pair, Pair]  # kernel, stride, padding, dilation, each (height, width)
+
+_GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+
+
+def fake_pool(
+    input: Tensor, geometry: Geometry, ceil_mode: bool, save_offsets: bool
+) -> tuple[Tensor, Tensor]:
+    """Empty results of a pool."""
+    kernel, stride, padding, dilation = geometry
+    height, width = (
+        pooled_size(input.shape[d + 2], kernel[d], stride[d], padding[d], dilation[d], ceil_mode)
+        for d in (0, 1)
+    )
+    shape = (input.shape[0], input.shape[1], height, width)
+    output = empty_in_layout(input, shape)
+    if not save_offsets:
+        return output, input.new_empty(0, dtype=torch.uint8)
+    return output, empty_in_layout(input, shape, offsets_dtype(kernel))
+
+
+def _fake(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    save_offsets: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = (kernel_size, stride, padding, dilation)
+    return fake_pool(input, geometry, ceil_mode, save_offsets)
+
+
+def _fake_backward(grad: Tensor, offsets: Tensor, input_size: Pair, *geometry: Pair) -> Tensor:
+    return empty_in_layout(offsets, (*grad.shape[:2], *input_size), grad.dtype)
+
+
+MAX_POOL = Operator(
+    f"max_pool(Tensor input, {_GEOMETRY}, bool ceil_mode, bool save_offsets) -> (Tensor, Tensor)",
+    _fake,
+)
+MAX_POOL_BACKWARD = Operator(
+    f"max_pool_backward(Tensor grad, Tensor offsets, int[2] input_size, {_GEOMETRY}) -> Tensor",
+    _fake_backward,
+)
+
+
+def _cpu_max_pool(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    save_offsets: bool,
+) -> tuple[Tensor, Tensor]:
+    native = _cpu.library.max_pool if save_offsets else _cpu.library.max_pool_inference
+    result = native.default(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
+    return result if save_offsets else (result, input.new_empty(0, dtype=torch.uint8))
+
+
+def _cpu_max_pool_backward(
+    grad: Tensor, offsets: Tensor, input_size: Pair, *geometry: Pair
+) -> Tensor:
+    numbers = (number for both in (input_size, *geometry) for number in both)
+    return _cpu.library.max_pool_backward.default(grad, offsets, *numbers)  # type: ignore[no-any-return]
+
+
+MAX_POOL.kernels.add("torch", reference.max_pool, no_refusal)
+MAX_POOL_BACKWARD.kernels.add("torch", reference.max_pool_backward, no_refusal)
+if _cpu.library is not None:
+    MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
+    MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, *geometry, _, save_offsets = inputs
+    ctx.geometry = geometry
+    ctx.input_size = input.shape[-2:]
+    ctx.save_for_backward(output[1] if save_offsets else None)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    if offsets is None:
+        raise RuntimeError("max_pool ran with save_offsets=False, so it has no gradient")
+    return MAX_POOL_BACKWARD.dispatch(grad, offsets, ctx.input_size, *ctx.geometry), *(None,) * 6
+
+
+MAX_POOL.register_autograd(_backward, _save)
+MAX_POOL.register_vmap([0])
+MAX_POOL_BACKWARD.differentiate_reference(reference.max_pool_backward, tensors=[0])
+MAX_POOL_BACKWARD.register_vmap([0, 1])
+
+
+def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Geometry:
+    """Checked (height, width) pairs; the stride defaults to the kernel's size."""
+    kernel = pair(kernel_size, "kernel_size", 1)
+    defaulted = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    steps = kernel if defaulted else pair(stride, "stride", 1)
+    pads = pair(padding, "padding", 0)
+    spread = pair(dilation, "dilation", 1)
+    for d in (0, 1):
+        reach = (kernel[d] - 1) * spread[d] + 1
+        if pads[d] > reach // 2:
+            raise ValueError(
+                f"padding is {padding!r}; it must be at most half of the window, which spans "
+                f"{reach} with kernel_size {kernel_size!r} and dilation {dilation!r}"
+            )
+    return kernel, steps, pads, spread
+
+
+_cached_geometry = functools.lru_cache(maxsize=256)(pool_geometry)
+
+
+def require_poolable(input: Tensor, geometry: Geometry, ceil_mode: bool, name: str) -> None:
+    """Raises unless ``input`` is [N, C, H, W] or [C, H, W] with room for a window."""
+    kernel, stride, padding, dilation = geometry
+    shape = input.shape
+    require_rank(input, (3, 4), name)
+    if shape[-3] == 0:
+        raise ValueError(f"{name}: input is {tuple(shape)}; only the batch may be empty")
+    for d in (0, 1):
+        size = shape[d - 2]
+        windows = pooled_size(size, kernel[d], stride[d], padding[d], dilation[d], ceil_mode)
+        if size == 0 or windows < 1:
+            raise ValueError(
+                f"{name}: kernel_size {kernel} with padding {padding} and dilation {dilation} does "
+                f"not fit input {tuple(shape)}; every spatial size must hold at least one window"
+            )
+
+
+def must_save_offsets(input: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return True
+    # Inside a torch.func transform an outer level may want gradients that this one cannot see.
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Max-pooling of windows; stands in for :func:`torch.nn.functional.max_pool2d`.
+
+    A NaN in a window wins (the last of several), the first of equal values wins, padding never does. For the backward
+    pass it saves one byte an output (which element of the window won) where torch saves eight; in inference nothing.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both served in place, and the result has
+            the same layout. float32, float64, bfloat16 and float16 run on fastalex's kernels, other dtypes on torch.
+        kernel_size, stride, padding, dilation: an int or (height, width); the stride defaults to the kernel's size,
+            the padding is at most half the window's reach.
+        ceil_mode: count a last window that only partly overlaps the input.
+        return_indices: also return torch's indices, int64 into each flattened H*W plane.
+
+    Returns:
+        The output [N, C, OH, OW], or (output, indices).
+
+    Raises:
+        ValueError: for a wrong rank, a non-positive or ill-shaped geometry argument, too much padding, or an input
+            with no room for a window.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling or type(kernel_size) is list or type(stride) is list:
+        geometry = pool_geometry(kernel_size, stride, padding, dilation)
+    else:
+        geometry = _cached_geometry(kernel_size, stride, padding, dilation)
+    require_poolable(input, geometry, ceil_mode, "max_pool2d")
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    if needs_dispatcher(input):
+        if forward_ad_active():
+            return F.max_pool2d(  # type: ignore[no-any-return]
+                input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices
+            )
+        save = return_indices or must_save_offsets(input)
+        output, offsets = MAX_POOL.dispatch(batched, *geometry, ceil_mode, save)
+    else:
+        output, offsets = MAX_POOL.run(batched, *geometry, ceil_mode, return_indices)
+    if input.dim() == 3:
+        output = output.squeeze(0)
+    if not return_indices:
+        return output  # type: ignore[no-any-return]
+    indices = reference.offsets_to_indices(offsets, input.shape[-2:], *geometry)
+    return output, indices if input.dim() == 4 else indices.squeeze(0)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """:class:`torch.nn.MaxPool2d` on :func:`max_pool2d`."""
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        return max_pool2d(
+            input,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.ceil_mode,
+            self.return_indices,
+        )
