@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex.backends import KernelTable
+from fastalex import ops
 from fastalex.ops._operator import REGISTRY
 
+#: The public function of each operator.
+FUNCTIONS = {
+    "conv_relu": ops.conv2d_relu,
+    "lrn": ops.local_response_norm,
+    "lrn_max_pool": ops.lrn_max_pool2d,
+    "max_pool": ops.max_pool2d,
+}
 
-class _Recorder(Exception):
-    """Carries the first operator call out of a public function before it runs."""
 
-    def __init__(self, table: KernelTable, args: tuple[Any, ...]) -> None:
-        self.table = table
-        self.args = args
+class _Captured(Exception):
+    """Carries an operator's arguments out of the call that was about to run it."""
+
+
+class _Capture(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "fastalex":
+            raise _Captured(args)
+        return func(*args, **(kwargs or {}))
+
+
+def explanation(op: str, *args: Any, **kwargs: Any) -> str:
+    """The text that :func:`explain` prints."""
+    if op not in FUNCTIONS:
+        raise ValueError(f"no operator '{op}'; there are {', '.join(FUNCTIONS)}")
+    try:
+        with torch.no_grad(), _Capture():
+            FUNCTIONS[op](*args, **kwargs)
+    except _Captured as captured:
+        return REGISTRY[op].kernels.explain(*captured.args[0])
+    raise AssertionError(f"{op} returned without running its operator")
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> None:
+    """Prints every backend of an operator: the one that would run this call, and why the others would not.
+
+    Args:
+        op: ``"conv_relu"``, ``"lrn"``, ``"max_pool"`` or ``"lrn_max_pool"``.
+        args, kwargs: those of its public function in :mod:`fastalex.ops`; a fake tensor will do.
+
+    Raises:
+        ValueError: for an unknown operator, and whatever the public function raises for bad arguments.
+    """
+    print(explanation(op, *args, **kwargs))

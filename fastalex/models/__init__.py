@@ -1,0 +1,5 @@
+"""The networks."""
+
+from fastalex.models.alexnet import AlexNet, alexnet
+
+__all__ = ["AlexNet", "alexnet"]
