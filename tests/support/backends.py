@@ -1,0 +1,28 @@
+"""Every way an operator can run on this machine, as one parameter of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import fastalex
+from fastalex import _native
+
+#: "torch", and the CPU library on each instruction set this machine runs.
+BACKENDS = ("torch", *(f"cpu-{isa}" for isa in (_native.available_isas() if not _native.error else ())))
+
+
+@contextlib.contextmanager
+def running(backend: str) -> Iterator[None]:
+    """Forces a backend of BACKENDS for the operators that have it."""
+    name, _, isa = backend.partition("-")
+    with fastalex.use_backend(name):
+        if not isa:
+            yield
+            return
+        before = _native.isa()
+        _native.set_isa(isa)
+        try:
+            yield
+        finally:
+            _native.set_isa(before)

@@ -1,0 +1,68 @@
+"""Error bounds derived from the arithmetic, never tuned: summands x eps x a small constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalex import reference
+from fastalex.reference.lrn import _denominator_base, _window_sum
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def compute_eps(dtype: torch.dtype) -> float:
+    """The unit of the arithmetic inside: half types accumulate in float32."""
+    return eps(torch.float64 if dtype is torch.float64 else torch.float32)
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """|actual - expected| <= bound elementwise; NaN and infinities must agree exactly."""
+    wide = actual.double()
+    same = (wide == expected) | (wide.isnan() & expected.isnan())
+    # What overflows the narrow type is infinite there and finite in the oracle.
+    limit = torch.finfo(actual.dtype).max
+    overflow = wide.isinf() & (expected.abs() > limit * (1 - eps(actual.dtype)))
+    wrong = ~(same | overflow | ((wide - expected).abs() <= bound))
+    if wrong.any():
+        at = tuple(index[0].item() for index in wrong.nonzero(as_tuple=True))
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements off; first at {at}: "
+            f"{wide[at].item()} for {expected[at].item()}, bound {bound[at].item():.3g}"
+        )
+
+
+def rounding(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half an ulp of the result, and of the smallest subnormal."""
+    return expected.abs() * eps(dtype) / 2 + torch.finfo(dtype).smallest_normal * eps(dtype)
+
+
+def lrn_bound(x: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """s sums ``size`` positive squares and k: relative error (size + 2) eps; y = x s^-beta adds five roundings."""
+    size, _, beta, _, _ = arguments
+    expected = reference.lrn(x, *arguments)
+    relative = (abs(beta) * (size + 2) + 5) * compute_eps(dtype)
+    return expected.abs() * relative + rounding(expected, dtype)
+
+
+def lrn_backward_bound(
+    g: Tensor, x: Tensor, arguments: tuple[Any, ...], dtype: torch.dtype
+) -> Tensor:
+    """Relative to the sum of the terms' magnitudes: powers of s as above, ``size`` additions, eight roundings."""
+    size, scale, beta, k, groups = arguments
+    s = _denominator_base(x, size, scale, k, groups)
+    direct = g.abs() * s**-beta
+    shared = _window_sum((direct * x / s).abs(), size - 1 - size // 2, size // 2, groups)
+    magnitude = direct + 2 * abs(scale * beta) * x.abs() * shared
+    relative = ((abs(beta) + 1) * (size + 2) + size + 8) * compute_eps(dtype)
+    expected = reference.lrn_backward(g, x, *arguments)
+    return magnitude * relative + rounding(expected, dtype)
+
+
+def sum_bound(magnitude: Tensor, summands: int, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum of products in any order: (summands + 2) eps of the magnitudes' sum, and the final rounding."""
+    return magnitude * ((summands + 2) * compute_eps(dtype)) + rounding(expected, dtype)

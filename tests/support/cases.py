@@ -1,0 +1,128 @@
+"""The case table: shapes, geometry, layouts and dtypes that every backend is run over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LRN:
+    """Arguments of local_response_norm on an input of ``shape``."""
+
+    shape: tuple[int, ...]
+    size: int = 5
+    alpha: float = 0.3  # large enough that a wrong window shows in float16
+    beta: float = 0.75
+    k: float = 2.0
+    groups: int = 1
+    alpha_mode: str = "mean"
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "shape"}
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        scale = self.alpha / self.size if self.alpha_mode == "mean" else self.alpha
+        return self.size, scale, self.beta, self.k, self.groups
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Arguments of max_pool2d on an input of ``shape``."""
+
+    shape: tuple[int, ...]
+    kernel_size: int | tuple[int, int] = 3
+    stride: int | tuple[int, int] | None = 2
+    padding: int | tuple[int, int] = 0
+    dilation: int | tuple[int, int] = 1
+    ceil_mode: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "shape"}
+
+
+# Channel counts stand around the vector widths (4, 8, 16) and around n; plane sizes around the 512 of a work item.
+LRN_CASES = (
+    LRN((2, 96, 7, 9)),
+    LRN((1, 96, 27, 27), groups=2),
+    LRN((2, 17, 5, 3), size=3),
+    LRN((3, 5, 4, 4), size=5),
+    LRN((2, 3, 4, 5), size=5),  # fewer channels than the window
+    LRN((2, 3, 4, 5), size=9),
+    LRN((2, 1, 4, 5)),
+    LRN((1, 33, 23, 23), size=4),  # even: not symmetric
+    LRN((2, 12, 3, 3), size=2, groups=3),
+    LRN((2, 12, 3, 3), size=6, groups=4),
+    LRN((1, 20, 6, 6), size=1),
+    LRN((1, 20, 6, 6), beta=0.5),
+    LRN((1, 20, 6, 6), beta=1.0),
+    LRN((1, 20, 6, 6), beta=0.6),
+    LRN((1, 20, 6, 6), beta=0.75, alpha=1e-4, k=1.0, alpha_mode="sum"),
+    LRN((2, 10, 600), size=5),
+    LRN((2, 10, 1), size=5),
+    LRN((2, 8, 3, 4, 5), size=5),
+    LRN((0, 8, 3, 4)),
+    LRN((2, 64, 1, 1), size=7),
+)
+
+POOL_CASES = (
+    Pool((2, 17, 13, 13)),
+    Pool((1, 16, 55, 55)),
+    Pool((2, 3, 27, 40)),
+    Pool((1, 4, 6, 7), ceil_mode=True),
+    Pool((1, 4, 8, 8), ceil_mode=True),
+    Pool((2, 5, 9, 9), kernel_size=3, stride=1, padding=1),
+    Pool((2, 5, 37, 37), kernel_size=3, stride=2, padding=1),
+    Pool((2, 5, 37, 35), kernel_size=3, stride=2, padding=1, ceil_mode=True),
+    Pool((1, 33, 20, 21), kernel_size=2, stride=None),
+    Pool((1, 7, 40, 41), kernel_size=(3, 2), stride=(2, 3), padding=(1, 0)),
+    Pool((1, 7, 40, 41), kernel_size=3, stride=1, dilation=2),
+    Pool((1, 6, 23, 50), kernel_size=(2, 3), stride=2, padding=(1, 1), dilation=(3, 2)),
+    Pool((1, 2, 1, 1), kernel_size=1, stride=1),
+    Pool((3, 2, 1, 9), kernel_size=(1, 3), stride=1),
+    Pool((1, 2, 19, 19), kernel_size=17, stride=1),  # more than 256 elements: wide offsets
+    Pool((1, 3, 40, 40), kernel_size=5, stride=4),
+    Pool((0, 3, 9, 9)),
+    # Dilated windows that hold padding alone at one corner.
+    Pool((1, 2, 3, 3), kernel_size=2, stride=1, padding=2, dilation=4),
+)
+
+LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expanded", "transposed")
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in memory laid out otherwise."""
+    if layout == "contiguous" or values.dim() < 4 and layout in ("channels_last", "transposed"):
+        return values.contiguous()
+    if layout == "channels_last":
+        format = torch.channels_last if values.dim() == 4 else torch.channels_last_3d
+        return values.contiguous(memory_format=format)
+    if layout == "channel_slice":
+        wide = lay_out(values.repeat(1, 2, *(1,) * (values.dim() - 2)), "channels_last")
+        wide[:, values.shape[1] :] = float("nan")
+        return wide[:, : values.shape[1]]
+    if layout == "row_slice":
+        wide = values.repeat_interleave(2, dim=-1)
+        return wide[..., ::2]
+    if layout == "expanded":
+        return values[:1].expand(values.shape) if values.shape[0] > 1 else values
+    assert layout == "transposed"
+    return values.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def random_input(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
+    """Normal values rounded to quarters where ties matter less than exact comparisons do."""
+    return lay_out(torch.randn(shape, dtype=torch.float64).to(dtype), layout)
+
+
+def with_specials(values: Tensor) -> Tensor:
+    """NaN, infinities, signed zeros and ties sprinkled over the values."""
+    flat = values.flatten().clone()
+    for start, special in enumerate((float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, 1.0)):
+        flat[start::13] = special
+    return flat.view(values.shape)
