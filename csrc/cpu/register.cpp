@@ -24,8 +24,7 @@ PoolParams checked(const PoolParams& pool) {
                       pool.stride_w > 0 && pool.dilation_h > 0 && pool.dilation_w > 0 &&
                       pool.padding_h >= 0 && pool.padding_w >= 0,
                   "fastalex: pooling takes positive kernel, stride and dilation, and padding >= 0");
-  STD_TORCH_CHECK(pool.padding_h <= ((pool.kernel_h - 1) * pool.dilation_h + 1) / 2 &&
-                      pool.padding_w <= ((pool.kernel_w - 1) * pool.dilation_w + 1) / 2,
+  STD_TORCH_CHECK(pool.padding_h <= pool.kernel_h / 2 && pool.padding_w <= pool.kernel_w / 2,
                   "fastalex: padding is at most half the kernel");
   return pool;
 }

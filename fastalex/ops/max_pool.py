@@ -119,13 +119,10 @@ def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) ->
     steps = kernel if defaulted else pair(stride, "stride", 1)
     pads = pair(padding, "padding", 0)
     spread = pair(dilation, "dilation", 1)
-    for d in (0, 1):
-        reach = (kernel[d] - 1) * spread[d] + 1
-        if pads[d] > reach // 2:
-            raise ValueError(
-                f"padding is {padding!r}; it must be at most half of the window, which spans "
-                f"{reach} with kernel_size {kernel_size!r} and dilation {dilation!r}"
-            )
+    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
+        raise ValueError(
+            f"padding is {padding!r}; it must be at most half of kernel_size {kernel_size!r}"
+        )
     return kernel, steps, pads, spread
 
 
@@ -178,7 +175,7 @@ def max_pool2d(
         input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both served in place, and the result has
             the same layout. float32, float64, bfloat16 and float16 run on fastalex's kernels, other dtypes on torch.
         kernel_size, stride, padding, dilation: an int or (height, width); the stride defaults to the kernel's size,
-            the padding is at most half the window's reach.
+            the padding is at most half the kernel's.
         ceil_mode: count a last window that only partly overlaps the input.
         return_indices: also return torch's indices, int64 into each flattened H*W plane.
 

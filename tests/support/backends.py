@@ -9,7 +9,10 @@ import fastalex
 from fastalex import _native
 
 #: "torch", and the CPU library on each instruction set this machine runs.
-BACKENDS = ("torch", *(f"cpu-{isa}" for isa in (_native.available_isas() if not _native.error else ())))
+BACKENDS = (
+    "torch",
+    *(f"cpu-{isa}" for isa in (_native.available_isas() if not _native.error else ())),
+)
 
 
 @contextlib.contextmanager
