@@ -76,12 +76,11 @@ struct LrnWindow {
   int64_t size() const { return before + after + 1; }
 };
 
-// Sum of kSize (or, where it is 0, `size`) vectors, `step` elements apart.
-template <int kSize, class A>
+// The sum of `size` vectors that start one element apart.
+template <class A>
 inline Vec<A> window_sum(const A* first, int64_t size) {
   Vec<A> sum = load(first);
-  const int64_t count = kSize ? kSize : size;
-  for (int64_t j = 1; j < count; ++j) sum += load(first + j);
+  for (int64_t j = 1; j < size; ++j) sum += load(first + j);
   return sum;
 }
 

@@ -55,7 +55,7 @@ void forward_pixels(const LrnMaxPoolCall& call) {
   parallel_for(out.batch * out.height, grain(in.width * in.channels * pool.stride_h),
                [&](int64_t begin, int64_t end) {
                  NormalizedRows<S> normalized(call.lrn, in, pool.kernel_h);
-                 PixelPool<S, Offset, kTrack> kernel(pool, out.channels);
+                 PixelPool<S, Offset, kTrack> kernel(pool, in.width, out);
                  Scratch<const S*> rows(pool.kernel_h);
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t n = i / out.height, oh = i % out.height;
@@ -64,10 +64,9 @@ void forward_pixels(const LrnMaxPoolCall& call) {
                    for (int64_t kh = range.first; kh < range.last; ++kh) {
                      rows[kh - range.first] = normalized.get(n, top + kh);
                    }
-                   kernel.run(rows.data(), range, in.width, in.channels, row_at<S>(out, n, oh),
+                   kernel.run(rows.data(), range, in.channels, row_at<S>(out, n, oh),
                               out.pixel_stride,
-                              kTrack ? row_at<Offset>(call.pool.offsets, n, oh) : nullptr,
-                              out.width);
+                              kTrack ? row_at<Offset>(call.pool.offsets, n, oh) : nullptr);
                  }
                });
 }
@@ -76,19 +75,18 @@ template <class S, class Offset>
 void backward_pixels(const LrnMaxPoolBackwardCall& call) {
   using A = compute_t<S>;
   const Map &in = call.input, &out = call.pool.grad_input;
-  parallel_for(in.batch * in.height, grain(in.width * in.channels),
-               [&](int64_t begin, int64_t end) {
-                 PixelUnpool<S, Offset, A> unpool(call.pool.pool, in.channels);
-                 const auto gradient = make_lrn_backward<S, A>(call.lrn, in);
-                 Scratch<A> row(in.width * in.channels);
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t n = i / in.height, h = i % in.height;
-                   unpool.run(h, call.pool.grad, n, row_at<const Offset>(call.pool.offsets, n, 0),
-                              row.data(), in.channels, in.width);
-                   gradient->run(row.data(), in.channels, row_at<const S>(in, n, h),
-                                 in.pixel_stride, row_at<S>(out, n, h), out.pixel_stride, in.width);
-                 }
-               });
+  parallel_for(
+      in.batch * in.height, grain(in.width * in.channels), [&](int64_t begin, int64_t end) {
+        PixelUnpool<S, Offset, A> unpool(call.pool.pool, call.pool.grad, in.height, in.width);
+        const auto gradient = make_lrn_backward<S, A>(call.lrn, in);
+        Scratch<A> row(in.width * in.channels);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / in.height, h = i % in.height;
+          unpool.run(n, h, row_at<const Offset>(call.pool.offsets, n, 0), row.data(), in.channels);
+          gradient->run(row.data(), in.channels, row_at<const S>(in, n, h), in.pixel_stride,
+                        row_at<S>(out, n, h), out.pixel_stride, in.width);
+        }
+      });
 }
 
 // --- NCHW: bands of rows, all channels of a band in L2

@@ -1,4 +1,5 @@
-// Local response normalization of channels_last pixels: the channels of a pixel are adjacent.
+// Local response normalization of channels_last pixels, any window: a pixel's channels stand in
+// padded scratch.
 #pragma once
 #include "lrn_math.h"
 #include "lrn_rows.h"
@@ -50,7 +51,7 @@ inline constexpr int64_t kPixelRun = 8;
 
 // y = lrn(x) for `pixels` pixels of C = groups * group_channels adjacent channels.
 // Reads C and writes C elements a pixel; (2 * size + 12) * C FLOPs with beta = 0.75.
-template <class S, Beta kBeta, int kSize>
+template <class S, Beta kBeta>
 class PixelNormalizer final : public LrnForward<S> {
   using A = compute_t<S>;
   static constexpr int64_t kWidth = kLanes<A>;
@@ -77,7 +78,7 @@ class PixelNormalizer final : public LrnForward<S> {
       const A* in = squares_.window(p, g);
       for (int64_t c = 0; c < window_.group_channels; c += kWidth) {
         const int64_t left = window_.group_channels - c;
-        const Vec<A> sum = window_sum<kSize>(in + c, window_.size());
+        const Vec<A> sum = window_sum(in + c, window_.size());
         const Vec<A> s = fused_multiply_add(broadcast(window_.scale), sum, broadcast(window_.k));
         store_up_to(y + c, load_up_to(x + c, left) * inverse_power<kBeta>(s, window_.beta), left);
       }
@@ -93,7 +94,7 @@ class PixelNormalizer final : public LrnForward<S> {
 // gx = g s^-beta - 2 scale beta x * (sum of g x s^(-beta-1) over the channels whose window holds
 // this one). G is the type g is stored in: S, or the compute type where the caller has just made
 // it.
-template <class S, class G, Beta kBeta, int kSize>
+template <class S, class G, Beta kBeta>
 class PixelGradient final : public LrnBackward<S, G> {
   using A = compute_t<S>;
   static constexpr int64_t kWidth = kLanes<A>;
@@ -129,7 +130,7 @@ class PixelGradient final : public LrnBackward<S, G> {
       A* direct = direct_.channels(p, group);
       for (int64_t c = 0; c < window_.group_channels; c += kWidth) {
         const int64_t left = window_.group_channels - c;
-        const Vec<A> sum = window_sum<kSize>(in + c, window_.size());
+        const Vec<A> sum = window_sum(in + c, window_.size());
         const Vec<A> s = fused_multiply_add(broadcast(window_.scale), sum, broadcast(window_.k));
         const Vec<A> own = load_up_to(g + c, left) * inverse_power<kBeta>(s, window_.beta);
         store(direct + c, own);
@@ -148,7 +149,7 @@ class PixelGradient final : public LrnBackward<S, G> {
       const A* direct = direct_.channels(p, group);
       for (int64_t c = 0; c < window_.group_channels; c += kWidth) {
         const int64_t left = window_.group_channels - c;
-        const Vec<A> sum = window_sum<kSize>(product + c, window_.size());
+        const Vec<A> sum = window_sum(product + c, window_.size());
         const Vec<A> v = coefficient * load_up_to(x + c, left);
         store_up_to(gx + c, fused_multiply_add(v, sum, load(direct + c)), left);
       }

@@ -16,7 +16,7 @@ void forward_pixels(const MaxPoolCall& call) {
   const PoolParams& pool = call.pool;
   parallel_for(out.batch * out.height, grain(out.width * out.channels * pool.taps()),
                [&](int64_t begin, int64_t end) {
-                 PixelPool<S, Offset, kTrack> kernel(pool, out.channels);
+                 PixelPool<S, Offset, kTrack> kernel(pool, in.width, out);
                  Scratch<const S*> rows(pool.kernel_h);
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t n = i / out.height, oh = i % out.height;
@@ -25,9 +25,9 @@ void forward_pixels(const MaxPoolCall& call) {
                      const int64_t ih = oh * pool.stride_h - pool.padding_h + kh * pool.dilation_h;
                      rows[kh - range.first] = row_at<const S>(in, n, ih);
                    }
-                   kernel.run(rows.data(), range, in.width, in.pixel_stride, row_at<S>(out, n, oh),
+                   kernel.run(rows.data(), range, in.pixel_stride, row_at<S>(out, n, oh),
                               out.pixel_stride,
-                              kTrack ? row_at<Offset>(call.offsets, n, oh) : nullptr, out.width);
+                              kTrack ? row_at<Offset>(call.offsets, n, oh) : nullptr);
                  }
                });
 }
@@ -62,11 +62,11 @@ void backward_pixels(const MaxPoolBackwardCall& call) {
   const Map &grad = call.grad, &out = call.grad_input;
   parallel_for(out.batch * out.height, grain(out.width * out.channels),
                [&](int64_t begin, int64_t end) {
-                 PixelUnpool<S, Offset, S> kernel(call.pool, out.channels);
+                 PixelUnpool<S, Offset, S> kernel(call.pool, grad, out.height, out.width);
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t n = i / out.height, ih = i % out.height;
-                   kernel.run(ih, grad, n, row_at<const Offset>(call.offsets, n, 0),
-                              row_at<S>(out, n, ih), out.pixel_stride, out.width);
+                   kernel.run(n, ih, row_at<const Offset>(call.offsets, n, 0),
+                              row_at<S>(out, n, ih), out.pixel_stride);
                  }
                });
 }

@@ -28,12 +28,23 @@ struct Winner {
   }
 };
 
-// Tap numbers of kLanes<A> outputs, in the offsets' type.
-template <class A, class Offset>
-inline void store_taps(Offset* p, Mask<A> taps, int64_t count) {
-  typedef Offset Narrow __attribute__((vector_size(kLanes<A> * sizeof(Offset))));
-  const Narrow narrow = __builtin_convertvector(taps, Narrow);
-  std::memcpy(p, &narrow, std::min<int64_t>(count, kLanes<A>) * sizeof(Offset));
+// The largest of the vectors that at(0) to at(count - 1) give, NaN winning, without tracking where
+// it came from. One instruction a vector and half of one to notice a NaN, which is rare; then the
+// careful way.
+template <class A, class At>
+inline Vec<A> largest(int64_t count, At&& at) {
+  Vec<A> value = at(0);
+  Mask<A> ordered = value == value;
+  for (int64_t t = 1; t < count; ++t) {
+    const Vec<A> v = at(t);
+    value = larger<A>(v, value);
+    ordered &= v == v;
+  }
+  if (__builtin_expect(all(ordered), 1)) return value;
+  Winner<A, false> winner;
+  winner.start(at(0), 0);
+  for (int64_t t = 1; t < count; ++t) winner.challenge(at(t), 0);
+  return winner.value;
 }
 
 // Taps of a window that starts at `start` (negative in the padding): [first, last) lie inside [0,
@@ -69,15 +80,25 @@ class PixelPool {
   static constexpr int64_t kWidth = kLanes<A>;
 
  public:
-  PixelPool(const PoolParams& params, int64_t channels)
-      : params_(params), channels_(channels), sources_(params.taps()), taps_(params.taps()) {}
+  PixelPool(const PoolParams& params, int64_t in_width, const Map& out)
+      : params_(params),
+        channels_(out.channels),
+        out_width_(out.width),
+        columns_(out.width),
+        sources_(params.taps()),
+        taps_(params.taps()) {
+    for (int64_t ow = 0; ow < out.width; ++ow) {
+      columns_[ow] = TapRange(ow * params.stride_w - params.padding_w, params.kernel_w,
+                              params.dilation_w, in_width);
+    }
+  }
 
   // rows[kh - kh_range.first]: the input row under tap row kh.
-  void run(const S* const* rows, TapRange kh_range, int64_t in_width, int64_t in_stride, S* y,
-           int64_t y_stride, Offset* offsets, int64_t out_width) {
-    for (int64_t ow = 0; ow < out_width; ++ow) {
+  void run(const S* const* rows, TapRange kh_range, int64_t in_stride, S* y, int64_t y_stride,
+           Offset* offsets) {
+    for (int64_t ow = 0; ow < out_width_; ++ow) {
       const int64_t start = ow * params_.stride_w - params_.padding_w;
-      const TapRange kw_range(start, params_.kernel_w, params_.dilation_w, in_width);
+      const TapRange kw_range = columns_[ow];
       int64_t count = 0;
       for (int64_t kh = kh_range.first; kh < kh_range.last; ++kh) {
         for (int64_t kw = kw_range.first; kw < kw_range.last; ++kw, ++count) {
@@ -105,19 +126,58 @@ class PixelPool {
     const int* taps = taps_.data();
     for (int64_t c = 0; c < channels_; c += kWidth) {
       const int64_t left = channels_ - c;
-      Winner<A, kTrack> winner;
-      winner.start(load_up_to(sources[0] + c, left), taps[0]);
-      for (int64_t t = 1; t < count; ++t)
-        winner.challenge(load_up_to(sources[t] + c, left), taps[t]);
-      store_up_to(y + c, winner.value, left);
-      if constexpr (kTrack) store_taps<A>(offsets + c, winner.tap, left);
+      const auto tap = [&](int64_t t) { return load_up_to(sources[t] + c, left); };
+      if constexpr (kTrack) {
+        Winner<A, true> winner;
+        winner.start(tap(0), taps[0]);
+        for (int64_t t = 1; t < count; ++t) winner.challenge(tap(t), taps[t]);
+        store_up_to(y + c, winner.value, left);
+        store_lanes(offsets + c, winner.tap, left);
+      } else {
+        store_up_to(y + c, largest<A>(count, tap), left);
+      }
     }
   }
 
   PoolParams params_;
-  int64_t channels_;
+  int64_t channels_, out_width_;
+  Scratch<TapRange> columns_;
   Scratch<const S*> sources_;
   Scratch<int> taps_;
+};
+
+// For each position along one dimension, the windows that hold it, ascending, and the tap at which
+// they do: computed once, because the divisions would cost a pixel more than its arithmetic.
+class WindowTable {
+ public:
+  struct Entry {
+    int64_t window;
+    int64_t tap;
+  };
+
+  WindowTable(int64_t positions, int64_t windows, int64_t kernel, int64_t stride, int64_t padding,
+              int64_t dilation)
+      : first_(positions + 1), entries_(windows * kernel) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < positions; ++i) {
+      first_[i] = count;
+      const int64_t reach = i + padding - (kernel - 1) * dilation;
+      const int64_t lowest = reach <= 0 ? 0 : (reach + stride - 1) / stride;
+      const int64_t highest = std::min(windows - 1, (i + padding) / stride);
+      for (int64_t window = lowest; window <= highest; ++window) {
+        const int64_t distance = i + padding - window * stride;
+        if (distance % dilation == 0) entries_[count++] = {window, distance / dilation};
+      }
+    }
+    first_[positions] = count;
+  }
+
+  const Entry* begin(int64_t position) const { return entries_.data() + first_[position]; }
+  const Entry* end(int64_t position) const { return entries_.data() + first_[position + 1]; }
+
+ private:
+  Scratch<int64_t> first_;
+  Scratch<Entry> entries_;
 };
 
 // One row of the input's gradient, gathered: each pixel sums the outputs whose winner it is, in
@@ -128,67 +188,59 @@ class PixelUnpool {
   static constexpr int64_t kWidth = kLanes<A>;
 
  public:
-  PixelUnpool(const PoolParams& params, int64_t channels)
-      : params_(params),
-        channels_(channels),
-        grads_(params.taps()),
-        winners_(params.taps()),
-        taps_(params.taps()) {}
+  PixelUnpool(const PoolParams& params, const Map& grad, int64_t in_height, int64_t in_width)
+      : grad_(grad),
+        in_width_(in_width),
+        kernel_w_(params.kernel_w),
+        rows_(in_height, grad.height, params.kernel_h, params.stride_h, params.padding_h,
+              params.dilation_h),
+        columns_(in_width, grad.width, params.kernel_w, params.stride_w, params.padding_w,
+                 params.dilation_w),
+        terms_(params.taps()) {}
 
   // The gradient of input row ih of image n; offsets: those of the image.
-  void run(int64_t ih, const Map& grad, int64_t n, const Offset* offsets, Out* gx,
-           int64_t gx_stride, int64_t in_width) {
-    const S* image = static_cast<const S*>(grad.data) + n * grad.batch_stride;
-    for (int64_t iw = 0; iw < in_width; ++iw) {
+  void run(int64_t n, int64_t ih, const Offset* offsets, Out* gx, int64_t gx_stride) {
+    const S* image = static_cast<const S*>(grad_.data) + n * grad_.batch_stride;
+    for (int64_t iw = 0; iw < in_width_; ++iw) {
       int64_t count = 0;
-      for_each_window(ih, params_.padding_h, params_.kernel_h, params_.stride_h, params_.dilation_h,
-                      grad.height, [&](int64_t oh, int64_t kh) {
-                        for_each_window(
-                            iw, params_.padding_w, params_.kernel_w, params_.stride_w,
-                            params_.dilation_w, grad.width, [&](int64_t ow, int64_t kw) {
-                              grads_[count] = image + oh * grad.row_stride + ow * grad.pixel_stride;
-                              winners_[count] = offsets + (oh * grad.width + ow) * channels_;
-                              taps_[count++] = static_cast<int>(kh * params_.kernel_w + kw);
-                            });
-                      });
+      for (const auto* row = rows_.begin(ih); row != rows_.end(ih); ++row) {
+        for (const auto* column = columns_.begin(iw); column != columns_.end(iw); ++column) {
+          terms_[count++] = {
+              image + row->window * grad_.row_stride + column->window * grad_.pixel_stride,
+              offsets + (row->window * grad_.width + column->window) * grad_.channels,
+              static_cast<int>(row->tap * kernel_w_ + column->tap)};
+        }
+      }
       accumulate(count, gx + iw * gx_stride);
     }
   }
 
  private:
-  // Calls visit(o, k) for every window o, ascending, that holds position i at its tap k.
-  template <class Fn>
-  static void for_each_window(int64_t i, int64_t padding, int64_t kernel, int64_t stride,
-                              int64_t dilation, int64_t windows, Fn&& visit) {
-    const int64_t reach = i + padding - (kernel - 1) * dilation;
-    const int64_t first = reach <= 0 ? 0 : (reach + stride - 1) / stride;
-    const int64_t last = std::min(windows - 1, (i + padding) / stride);
-    for (int64_t o = first; o <= last; ++o) {
-      const int64_t distance = i + padding - o * stride;
-      if (distance % dilation == 0) visit(o, distance / dilation);
-    }
-  }
+  // An output that may have chosen the pixel: its gradient, the taps its channels chose, the
+  // pixel's tap.
+  struct Term {
+    const S* grad;
+    const Offset* winner;
+    int tap;
+  };
 
   void accumulate(int64_t count, Out* gx) {
-    typedef Offset Narrow __attribute__((vector_size(kLanes<A> * sizeof(Offset))));
-    for (int64_t c = 0; c < channels_; c += kWidth) {
-      const int64_t left = channels_ - c;
+    const Term* terms = terms_.data();
+    for (int64_t c = 0; c < grad_.channels; c += kWidth) {
+      const int64_t left = grad_.channels - c;
       Vec<A> sum{};
       for (int64_t t = 0; t < count; ++t) {
-        Narrow narrow{};
-        std::memcpy(&narrow, winners_[t] + c, std::min(left, kWidth) * sizeof(Offset));
-        const Mask<A> winner = __builtin_convertvector(narrow, Mask<A>);
-        sum += winner == taps_[t] ? load_up_to(grads_[t] + c, left) : Vec<A>{};
+        const Mask<A> winner = load_lanes<Mask<A>>(terms[t].winner + c, left);
+        sum += winner == terms[t].tap ? load_up_to(terms[t].grad + c, left) : Vec<A>{};
       }
       store_up_to(gx + c, sum, left);
     }
   }
 
-  PoolParams params_;
-  int64_t channels_;
-  Scratch<const S*> grads_;
-  Scratch<const Offset*> winners_;
-  Scratch<int> taps_;
+  const Map& grad_;
+  int64_t in_width_, kernel_w_;
+  WindowTable rows_, columns_;
+  Scratch<Term> terms_;
 };
 
 // --- NCHW
@@ -240,7 +292,7 @@ class PlanePool {
       }
     }
     store(y + ow, winner.value);
-    if constexpr (kTrack) store_taps<A>(offsets + ow, winner.tap, kWidth);
+    if constexpr (kTrack) store_lanes(offsets + ow, winner.tap, kWidth);
   }
 
   void run_checked(const S* const* rows, TapRange kh_range, S* y, Offset* offsets, int64_t ow) {

@@ -207,6 +207,59 @@ inline Vec<compute_t<S>> load_strided(const S* p, int64_t stride) {
   return v;
 }
 
+// Small integers of another width, one a lane: `count` of them where fewer than a vector are left.
+template <class M, class T>
+inline M load_lanes(const T* p, int64_t count) {
+  constexpr int kWidth = sizeof(M) / sizeof(M{}[0]);
+  typedef T Narrow __attribute__((vector_size(kWidth * sizeof(T))));
+  Narrow narrow{};
+  if (count >= kWidth) {
+    std::memcpy(&narrow, p, sizeof(narrow));
+  } else {
+    std::memcpy(&narrow, p, count * sizeof(T));
+  }
+  return __builtin_convertvector(narrow, M);
+}
+
+template <class T, class M>
+inline void store_lanes(T* p, M lanes, int64_t count) {
+  constexpr int kWidth = sizeof(M) / sizeof(M{}[0]);
+  typedef T Narrow __attribute__((vector_size(kWidth * sizeof(T))));
+  const Narrow narrow = __builtin_convertvector(lanes, Narrow);
+  if (count >= kWidth) {
+    std::memcpy(p, &narrow, sizeof(narrow));
+  } else {
+    std::memcpy(p, &narrow, count * sizeof(T));
+  }
+}
+
+// --- lanes of two adjacent vectors
+
+// Lane i holds what stands kShift lanes before lane i of `current`, in memory order.
+template <int kShift, class V>
+inline V lanes_before(V previous, V current) {
+  constexpr int kWidth = sizeof(V) / sizeof(current[0]);
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(previous, current, (kWidth - kShift + kLane)...);
+  }(std::make_integer_sequence<int, kWidth>{});
+}
+
+template <int kShift, class V>
+inline V lanes_after(V current, V next) {
+  constexpr int kWidth = sizeof(V) / sizeof(current[0]);
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(current, next, (kShift + kLane)...);
+  }(std::make_integer_sequence<int, kWidth>{});
+}
+
+// The first `count` lanes; zero in the others.
+template <class T>
+inline Vec<T> keep_first(Vec<T> v, int64_t count) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < Mask<T>{} + static_cast<int>(count) ? v : Vec<T>{};
+}
+
 // --- arithmetic the operators do not spell
 
 template <class V>
@@ -246,6 +299,26 @@ inline Vec<T> square_root(Vec<T> v) {
 #else
   for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = std::sqrt(v[lane]);
   return v;
+#endif
+}
+
+// a > b ? a : b: b where either is NaN.
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  } else {
+    return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  } else {
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+  }
+#else
+  return a > b ? a : b;
 #endif
 }
 
