@@ -49,6 +49,12 @@ def empty_in_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | Non
     return like.new_empty(last, dtype=dtype).movedim(-1, 1)
 
 
+def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """``result``, copied where torch chose another layout for it than ``like``'s."""
+    format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return result.contiguous(memory_format=format)
+
+
 def offsets_dtype(kernel_size: Sequence[int]) -> torch.dtype:
     """One byte says which of up to 256 window elements won."""
     return torch.uint8 if kernel_size[0] * kernel_size[1] <= 256 else torch.int32

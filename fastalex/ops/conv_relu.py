@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import reference
-from fastalex._geometry import empty_in_layout, is_channels_last
+from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _onednn
 from fastalex.ops._arguments import Pair, pair, require_floating, require_rank
@@ -59,7 +59,7 @@ CONV_RELU_BACKWARD = Operator(
 
 
 def _torch_conv_relu(input: Tensor, *arguments: Any) -> Tensor:
-    return _in_layout(reference.conv_relu(input, *arguments), input)
+    return in_layout_of(input, reference.conv_relu(input, *arguments))
 
 
 def _torch_backward(
@@ -70,16 +70,10 @@ def _torch_backward(
         grad, output, input, weight, *arguments
     )
     return (
-        _in_layout(grad_input, input) if wants_input else grad_input,
-        _in_layout(grad_weight, weight) if wants_weight else grad_weight,
+        in_layout_of(input, grad_input) if wants_input else grad_input,
+        in_layout_of(weight, grad_weight) if wants_weight else grad_weight,
         grad_bias,
     )
-
-
-def _in_layout(result: Tensor, like: Tensor) -> Tensor:
-    """torch's convolutions choose a layout of their own now and then; ours keep the input's."""
-    format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return result.contiguous(memory_format=format)
 
 
 CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
