@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu
+from fastalex.ops import _cpu, _torch
 from fastalex.ops._arguments import Pair, pair, require_rank
-from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 
 Geometry = tuple[Pair, Pair, Pair, Pair]  # kernel, stride, padding, dilation, each (height, width)
 
@@ -85,8 +85,8 @@ def _cpu_max_pool_backward(
     return _cpu.library.max_pool_backward.default(grad, offsets, *numbers)  # type: ignore[no-any-return]
 
 
-MAX_POOL.kernels.add("torch", reference.max_pool, no_refusal)
-MAX_POOL_BACKWARD.kernels.add("torch", reference.max_pool_backward, no_refusal)
+MAX_POOL.kernels.add("torch", _torch.in_layout(reference.max_pool, 0), no_refusal)
+MAX_POOL_BACKWARD.kernels.add("torch", _torch.in_layout(reference.max_pool_backward, 1), no_refusal)
 if _cpu.library is not None:
     MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
     MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
@@ -194,7 +194,7 @@ def max_pool2d(
     require_poolable(input, geometry, ceil_mode, "max_pool2d")
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if needs_dispatcher(input):
-        if forward_ad_active():
+        if needs_reference():
             return F.max_pool2d(  # type: ignore[no-any-return]
                 input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices
             )
