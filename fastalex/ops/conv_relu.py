@@ -12,7 +12,7 @@ from fastalex import reference
 from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _onednn
-from fastalex.ops._arguments import Pair, pair, require_floating, require_rank
+from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
 from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -220,6 +220,9 @@ def conv2d_relu(
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
     """
+    for label, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is not None or label != "bias":
+            require_tensor(tensor, "conv2d_relu", label)
     steps = pair(stride, "stride", 1)
     spread = pair(dilation, "dilation", 1)
     pads = _checked_padding(padding, weight, steps, spread)

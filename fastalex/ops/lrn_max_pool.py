@@ -11,7 +11,7 @@ from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _torch
-from fastalex.ops._arguments import Pair, lrn_scale
+from fastalex.ops._arguments import Pair, lrn_scale, require_tensor
 from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 from fastalex.ops.max_pool import fake_pool, must_save_offsets, pool_geometry, require_poolable
 
@@ -142,6 +142,7 @@ def lrn_max_pool2d(
         TypeError, ValueError: as the two operators.
     """
     geometry = pool_geometry(kernel_size, stride, padding, 1)
+    require_tensor(input, "lrn_max_pool2d")
     batched = input if input.dim() != 3 else input.unsqueeze(0)
     scale = lrn_scale(batched, size, alpha, groups, alpha_mode, "lrn_max_pool2d")
     require_poolable(input, geometry, ceil_mode, "lrn_max_pool2d")

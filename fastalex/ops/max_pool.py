@@ -13,7 +13,7 @@ from fastalex import reference
 from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _torch
-from fastalex.ops._arguments import Pair, pair, require_rank
+from fastalex.ops._arguments import Pair, pair, require_rank, require_tensor
 from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 
 Geometry = tuple[Pair, Pair, Pair, Pair]  # kernel, stride, padding, dilation, each (height, width)
@@ -186,8 +186,9 @@ def max_pool2d(
         ValueError: for a wrong rank, a non-positive or ill-shaped geometry argument, too much padding, or an input
             with no room for a window.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or type(kernel_size) is list or type(stride) is list:
+    require_tensor(input, "max_pool2d")
+    listed = list in (type(kernel_size), type(stride), type(padding), type(dilation))
+    if torch.compiler.is_compiling() or listed:
         geometry = pool_geometry(kernel_size, stride, padding, dilation)
     else:
         geometry = _cached_geometry(kernel_size, stride, padding, dilation)
