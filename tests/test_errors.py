@@ -71,7 +71,7 @@ WRONG = [
     (CONV, (X, W, "b"), {}, TypeError, "bias must be a Tensor.*str"),
     (CONV, (X.double(), W), {}, TypeError, "float64 and weight torch.float32"),
     (CONV, (X, W, torch.zeros(8).double()), {}, TypeError, "float32 and bias torch.float64"),
-    (CONV, (X, W.to("meta")), {}, ValueError, "cpu and weight on meta"),
+    (both(ops.conv2d_relu, None), (X, W.to("meta")), {}, ValueError, "cpu and weight on meta"),
     (CONV, (X, W, torch.zeros(7)), {}, ValueError, r"bias is \(7,\).*\(8,\)"),
     (CONV, (X, W), {"groups": 0}, ValueError, "groups is 0"),
     (CONV, (X, W), {"groups": 3}, ValueError, "groups is 3.*divide the 8"),
