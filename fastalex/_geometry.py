@@ -28,7 +28,21 @@ def is_channels_last(tensor: Tensor) -> bool:
         return True
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         return False
-    return not _dense_planes(tensor)
+    return _rows_nest(tensor) and not _dense_planes(tensor)
+
+
+def _rows_nest(tensor: Tensor) -> bool:
+    """Whether all dims between the channels and the last step evenly, as one dim of rows would."""
+    rows, step = 1, 0
+    for size, stride in zip(tensor.shape[-2:1:-1], tensor.stride()[-2:1:-1], strict=True):
+        if size == 1:
+            continue
+        if rows != 1 and stride != step * rows:
+            return False
+        if rows == 1:
+            step = stride
+        rows *= size
+    return True
 
 
 def _dense_planes(tensor: Tensor) -> bool:
@@ -47,6 +61,13 @@ def empty_in_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | Non
         return like.new_empty(shape, dtype=dtype)
     last = [shape[0], *shape[2:], shape[1]]
     return like.new_empty(last, dtype=dtype).movedim(-1, 1)
+
+
+def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """``result``, copied where torch chose another layout for it than ``like``'s."""
+    if is_channels_last(like):
+        return result.movedim(1, -1).contiguous().movedim(-1, 1)
+    return result.contiguous()
 
 
 def offsets_dtype(kernel_size: Sequence[int]) -> torch.dtype:

@@ -26,6 +26,10 @@ PoolParams checked(const PoolParams& pool) {
                   "fastalex: pooling takes positive kernel, stride and dilation, and padding >= 0");
   STD_TORCH_CHECK(pool.padding_h <= pool.kernel_h / 2 && pool.padding_w <= pool.kernel_w / 2,
                   "fastalex: padding is at most half the kernel");
+  constexpr int64_t kLimit = int64_t{1} << 31;  // products of two then fit 64 bits
+  STD_TORCH_CHECK(pool.kernel_h < kLimit && pool.kernel_w < kLimit && pool.stride_h < kLimit &&
+                      pool.stride_w < kLimit && pool.dilation_h < kLimit && pool.dilation_w < kLimit,
+                  "fastalex: pooling takes kernel, stride and dilation below 2^31");
   return pool;
 }
 
@@ -44,6 +48,16 @@ int32_t offsets_dtype(const PoolParams& pool) {
   return pool.taps() <= 256 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int32();
 }
 
+// Throws unless a gradient matches the tensor it belongs to in dtype and in its first `dims` sizes.
+void require_like(const Tensor& grad, const Tensor& tensor, int64_t dims) {
+  STD_TORCH_CHECK(dtype_code(grad) == dtype_code(tensor) && grad.dim() == tensor.dim(),
+                  "fastalex: the gradient differs from the input in dtype or rank");
+  for (int64_t d = 0; d < dims; ++d) {
+    STD_TORCH_CHECK(grad.sizes()[d] == tensor.sizes()[d],
+                    "fastalex: the gradient differs from the input in dim ", d);
+  }
+}
+
 Tensor lrn(const Tensor& input, int64_t size, double scale, double beta, double k, int64_t groups) {
   const Activation in = read(input);
   const Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
@@ -55,6 +69,7 @@ Tensor lrn(const Tensor& input, int64_t size, double scale, double beta, double 
 
 Tensor lrn_backward(const Tensor& grad, const Tensor& input, int64_t size, double scale,
                     double beta, double k, int64_t groups) {
+  require_like(grad, input, input.dim());
   const Activation in = read(input);
   const Activation g = read_as(grad, in.map.channels_last);
   const Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
@@ -118,6 +133,17 @@ Unpooling create_unpooling(const Tensor& grad, const Tensor& offsets, int64_t he
     STD_TORCH_CHECK(grad.sizes()[d] == offsets.sizes()[d],
                     "fastalex: the gradient and the offsets differ in shape");
   }
+  // Whether the last window was rounded up is not known here: either count will do.
+  const auto fits = [](int64_t windows, int64_t size, int64_t kernel, int64_t stride,
+                       int64_t padding, int64_t dilation) {
+    return windows == pooled_size(size, kernel, stride, padding, dilation, true) ||
+           windows == pooled_size(size, kernel, stride, padding, dilation, false);
+  };
+  STD_TORCH_CHECK(fits(grad.sizes()[2], height, pool.kernel_h, pool.stride_h, pool.padding_h,
+                       pool.dilation_h) &&
+                      fits(grad.sizes()[3], width, pool.kernel_w, pool.stride_w, pool.padding_w,
+                           pool.dilation_w),
+                  "fastalex: the gradient is not of a pool over ", height, " x ", width);
   const int64_t sizes[] = {grad.sizes()[0], grad.sizes()[1], height, width};
   return {read_as(grad, channels_last), read_as(offsets, channels_last),
           create(dtype_code(grad), Sizes(sizes, 4), channels_last)};
@@ -177,6 +203,7 @@ Tensor lrn_max_pool_backward(const Tensor& grad, const Tensor& input, const Tens
       checked({kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, 1, 1});
   const Activation in = read(input);
   STD_TORCH_CHECK(input.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
+  require_like(grad, input, 2);
   const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
   Unpooling u =
       create_unpooling(grad, offsets, in.map.height, in.map.width, pool, in.map.channels_last);

@@ -12,7 +12,7 @@ Pair = tuple[int, int]
 
 def pair(value: Any, name: str, minimum: int) -> Pair:
     """An int, or one or two of them, as (height, width)."""
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
         values *= 2
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
@@ -22,9 +22,13 @@ def pair(value: Any, name: str, minimum: int) -> Pair:
     return values  # type: ignore[return-value]
 
 
+def require_tensor(value: Any, name: str, label: str = "input") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {label} must be a Tensor, got {type(value).__name__}")
+
+
 def require_floating(input: Tensor, name: str) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, got {type(input).__name__}")
+    require_tensor(input, name)
     if not input.is_floating_point():
         raise TypeError(
             f"{name}: input is {input.dtype}; it must be float32, float64, bfloat16 or float16"

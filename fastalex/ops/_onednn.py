@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastalex._geometry import in_layout_of
 
 Ints = Sequence[int]
 
@@ -31,10 +34,17 @@ class PackedWeights:
         geometry = (tuple(shape), tuple(stride), tuple(padding), tuple(dilation), groups)
         kept = self._packed.get(weight)
         if kept is None or kept[0] != version or kept[1] != geometry:
-            kept = (version, geometry, _pack(weight, shape, stride, padding, dilation, groups))
+            packed = _pack(weight, shape, stride, padding, dilation, groups)
+            # The alias keeps the storage: memory freed by `weight.data = ...` could return as the next.
+            kept = (version, geometry, packed, weight.detach())
             self._packed[weight] = kept
-        packed: Tensor = kept[2]
-        return packed
+        found: Tensor = kept[2]
+        return found
+
+    def clear(self, *unused: Any) -> None:
+        """Forgets every weight, after an optimiser step: torch's fused ones keep the version."""
+        if not torch.compiler.is_compiling():  # a compiled step moves the version on
+            self._packed.clear()
 
 
 def _pack(
@@ -47,6 +57,7 @@ def _pack(
 
 
 _weights = PackedWeights()
+register_optimizer_step_post_hook(_weights.clear)
 
 
 def refuse(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
@@ -74,9 +85,10 @@ def conv_relu(
     dilation: Ints,
     groups: int,
 ) -> Tensor:
-    """relu(conv2d(input, weight) + bias) in one pass; the layout is the input's."""
+    """relu(conv2d(input, weight) + bias); oneDNN's own ReLU would turn NaN into zero."""
     packed = _weights.get(weight, input.shape, stride, padding, dilation, groups)
     output: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        input.detach(), packed, bias, padding, stride, dilation, groups, "relu", [], ""
+        input.detach(), packed, bias, padding, stride, dilation, groups, "none", [], ""
     )
-    return output
+    # With packed weights the output is channels_last whatever the input is.
+    return in_layout_of(input, output.relu_())

@@ -40,9 +40,14 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return False
 
 
-def forward_ad_active() -> bool:
-    """Forward-mode derivatives come from the reference: torch.library operators have none."""
-    return torch.autograd.forward_ad._current_level >= 0
+def needs_reference() -> bool:
+    """Whether forward-mode or torch.func derivatives are taken: torch.library operators have none."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 class Operator:
@@ -108,10 +113,16 @@ class Operator:
         self.register_autograd(backward, setup)
 
     def register_vmap(self, batched: Sequence[int]) -> None:
-        """Under vmap, folds the mapped dimension of the arguments ``batched`` into their batch dimension."""
+        """Under vmap, folds the mapped dimension of the arguments ``batched`` into their batch.
+
+        Where another argument is mapped, the calls run one by one.
+        """
 
         def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             size = info.batch_size
+            mapped = [index for index, dim in enumerate(in_dims) if isinstance(dim, int)]
+            if not set(mapped) <= set(batched):
+                return self._run_one_by_one(size, in_dims, mapped, args)
             folded = list(args)
             for index in batched:
                 value = args[index]
@@ -123,9 +134,25 @@ class Operator:
             outputs = self.dispatch(*folded)
             if isinstance(outputs, Tensor):
                 return outputs.unflatten(0, (size, -1)), 0
+            # Maps have dimensions; what was not asked for is an empty vector.
             unfolded = tuple(
-                out.unflatten(0, (size, -1)) if out.numel() else out for out in outputs
+                out.unflatten(0, (size, -1)) if out.dim() > 1 else out for out in outputs
             )
-            return unfolded, tuple(0 if out.numel() else None for out in outputs)
+            return unfolded, tuple(0 if out.dim() > 1 else None for out in outputs)
 
         torch.library.register_vmap(f"fastalex::{self.name}", rule, lib=LIBRARY)
+
+    def _run_one_by_one(
+        self, size: int, in_dims: tuple[Any, ...], mapped: Sequence[int], args: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        results = []
+        for at in range(size):
+            selected = list(args)
+            for index in mapped:
+                selected[index] = args[index].select(in_dims[index], at)
+            results.append(self.dispatch(*selected))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import reference
-from fastalex._geometry import empty_in_layout, is_channels_last
+from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _onednn
-from fastalex.ops._arguments import Pair, pair, require_floating, require_rank
-from fastalex.ops._operator import LIBRARY, Operator, forward_ad_active, needs_dispatcher
+from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
+from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 
@@ -59,7 +60,7 @@ CONV_RELU_BACKWARD = Operator(
 
 
 def _torch_conv_relu(input: Tensor, *arguments: Any) -> Tensor:
-    return _in_layout(reference.conv_relu(input, *arguments), input)
+    return in_layout_of(input, reference.conv_relu(input, *arguments))
 
 
 def _torch_backward(
@@ -70,16 +71,10 @@ def _torch_backward(
         grad, output, input, weight, *arguments
     )
     return (
-        _in_layout(grad_input, input) if wants_input else grad_input,
-        _in_layout(grad_weight, weight) if wants_weight else grad_weight,
+        in_layout_of(input, grad_input) if wants_input else grad_input,
+        in_layout_of(weight, grad_weight) if wants_weight else grad_weight,
         grad_bias,
     )
-
-
-def _in_layout(result: Tensor, like: Tensor) -> Tensor:
-    """torch's convolutions choose a layout of their own now and then; ours keep the input's."""
-    format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return result.contiguous(memory_format=format)
 
 
 CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
@@ -107,17 +102,6 @@ CONV_RELU.register_autograd(_backward, _save)
 CONV_RELU_BACKWARD.differentiate_reference(reference.conv_relu_backward, tensors=[0, 2, 3])
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, int]:
-    """vmap maps over the reference: torch knows how to fold a mapped weight into groups."""
-    return torch.func.vmap(reference.conv_relu, in_dims)(*args), 0
-
-
-def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    wanted = args[-1]
-    outputs = torch.func.vmap(reference.conv_relu_backward, in_dims)(*args)
-    return outputs, tuple(0 if want else None for want in wanted)
-
-
 def _autocast(device: str) -> Any:
     def cast(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         """What autocast does to conv2d: everything in the region's dtype, float64 left alone."""
@@ -137,10 +121,10 @@ def _autocast_keys(device: str) -> Any:
     return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
 
-for _device in ("cpu", "cuda"):
+for _device in _AUTOCAST_DEVICES:
     LIBRARY.impl("conv_relu", _autocast(_device), f"Autocast{_device.upper()}")
-torch.library.register_vmap("fastalex::conv_relu", _vmap, lib=LIBRARY)
-torch.library.register_vmap("fastalex::conv_relu_backward", _vmap_backward, lib=LIBRARY)
+CONV_RELU.register_vmap([0])
+CONV_RELU_BACKWARD.register_vmap([])
 
 
 def _checked_padding(padding: Any, weight: Tensor, stride: Pair, dilation: Pair) -> Any:
@@ -203,7 +187,8 @@ def _check(
 
 
 def _autocasting(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type)
+    device = input.device.type
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def conv2d_relu(
@@ -235,6 +220,9 @@ def conv2d_relu(
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
     """
+    for label, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is not None or label != "bias":
+            require_tensor(tensor, "conv2d_relu", label)
     steps = pair(stride, "stride", 1)
     spread = pair(dilation, "dilation", 1)
     pads = _checked_padding(padding, weight, steps, spread)
@@ -244,7 +232,7 @@ def conv2d_relu(
     _check(batched, weight, bias, pads, spread, groups)
     arguments = (batched, weight, bias, steps, pads, spread, groups)
     if needs_dispatcher(input, weight, bias) or _autocasting(input):
-        forward = reference.conv_relu if forward_ad_active() else CONV_RELU.dispatch
+        forward = reference.conv_relu if needs_reference() else CONV_RELU.dispatch
         output: Tensor = forward(*arguments)
     else:
         output = CONV_RELU.run(*arguments)

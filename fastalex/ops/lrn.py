@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu
+from fastalex.ops import _cpu, _torch
 from fastalex.ops._arguments import lrn_scale
-from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 
 _ARGUMENTS = "int size, float scale, float beta, float k, int groups"
 
@@ -30,8 +30,8 @@ LRN_BACKWARD = Operator(
     f"lrn_backward(Tensor grad, Tensor input, {_ARGUMENTS}) -> Tensor", _like_second
 )
 
-LRN.kernels.add("torch", reference.lrn, no_refusal)
-LRN_BACKWARD.kernels.add("torch", reference.lrn_backward, no_refusal)
+LRN.kernels.add("torch", _torch.in_layout(reference.lrn, 0), no_refusal)
+LRN_BACKWARD.kernels.add("torch", _torch.in_layout(reference.lrn_backward, 1), no_refusal)
 if _cpu.library is not None:
     LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
     LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
@@ -93,7 +93,7 @@ def local_response_norm(
     """
     scale = lrn_scale(input, size, alpha, groups, alpha_mode, "local_response_norm")
     if needs_dispatcher(input):
-        if forward_ad_active():
+        if needs_reference():
             return reference.lrn(input, size, scale, beta, k, groups)
         output: Tensor = LRN.dispatch(input, size, scale, beta, k, groups)
         return output

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu
-from fastalex.ops._arguments import Pair, lrn_scale
-from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+from fastalex.ops import _cpu, _torch
+from fastalex.ops._arguments import Pair, lrn_scale, require_tensor
+from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 from fastalex.ops.max_pool import fake_pool, must_save_offsets, pool_geometry, require_poolable
 
 _LRN = "int size, float scale, float beta, float k, int groups"
@@ -81,8 +81,10 @@ def _cpu_lrn_max_pool_backward(
     return result
 
 
-LRN_MAX_POOL.kernels.add("torch", reference.lrn_max_pool, no_refusal)
-LRN_MAX_POOL_BACKWARD.kernels.add("torch", reference.lrn_max_pool_backward, no_refusal)
+LRN_MAX_POOL.kernels.add("torch", _torch.in_layout(reference.lrn_max_pool, 0), no_refusal)
+LRN_MAX_POOL_BACKWARD.kernels.add(
+    "torch", _torch.in_layout(reference.lrn_max_pool_backward, 1), no_refusal
+)
 if _cpu.library is not None:
     LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
     LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
@@ -140,13 +142,14 @@ def lrn_max_pool2d(
         TypeError, ValueError: as the two operators.
     """
     geometry = pool_geometry(kernel_size, stride, padding, 1)
+    require_tensor(input, "lrn_max_pool2d")
     batched = input if input.dim() != 3 else input.unsqueeze(0)
     scale = lrn_scale(batched, size, alpha, groups, alpha_mode, "lrn_max_pool2d")
     require_poolable(input, geometry, ceil_mode, "lrn_max_pool2d")
     lrn = (size, scale, beta, k, groups)
     pool = (*geometry[:3], ceil_mode)
     if needs_dispatcher(input):
-        if forward_ad_active():
+        if needs_reference():
             output, _ = reference.lrn_max_pool(batched, *lrn, *pool, save_offsets=False)
         else:
             output, _ = LRN_MAX_POOL.dispatch(batched, *lrn, *pool, must_save_offsets(input))

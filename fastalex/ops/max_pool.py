@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu
-from fastalex.ops._arguments import Pair, pair, require_rank
-from fastalex.ops._operator import Operator, forward_ad_active, needs_dispatcher
+from fastalex.ops import _cpu, _torch
+from fastalex.ops._arguments import Pair, pair, require_rank, require_tensor
+from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 
 Geometry = tuple[Pair, Pair, Pair, Pair]  # kernel, stride, padding, dilation, each (height, width)
 
@@ -85,8 +85,8 @@ def _cpu_max_pool_backward(
     return _cpu.library.max_pool_backward.default(grad, offsets, *numbers)  # type: ignore[no-any-return]
 
 
-MAX_POOL.kernels.add("torch", reference.max_pool, no_refusal)
-MAX_POOL_BACKWARD.kernels.add("torch", reference.max_pool_backward, no_refusal)
+MAX_POOL.kernels.add("torch", _torch.in_layout(reference.max_pool, 0), no_refusal)
+MAX_POOL_BACKWARD.kernels.add("torch", _torch.in_layout(reference.max_pool_backward, 1), no_refusal)
 if _cpu.library is not None:
     MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
     MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
@@ -186,15 +186,16 @@ def max_pool2d(
         ValueError: for a wrong rank, a non-positive or ill-shaped geometry argument, too much padding, or an input
             with no room for a window.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or type(kernel_size) is list or type(stride) is list:
+    require_tensor(input, "max_pool2d")
+    listed = list in (type(kernel_size), type(stride), type(padding), type(dilation))
+    if torch.compiler.is_compiling() or listed:
         geometry = pool_geometry(kernel_size, stride, padding, dilation)
     else:
         geometry = _cached_geometry(kernel_size, stride, padding, dilation)
     require_poolable(input, geometry, ceil_mode, "max_pool2d")
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if needs_dispatcher(input):
-        if forward_ad_active():
+        if needs_reference():
             return F.max_pool2d(  # type: ignore[no-any-return]
                 input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices
             )

@@ -46,6 +46,31 @@ class Pool:
         return {name: value for name, value in vars(self).items() if name != "shape"}
 
 
+@dataclass(frozen=True)
+class Conv:
+    """Arguments of conv2d_relu on an input of ``shape``."""
+
+    shape: tuple[int, ...]
+    outputs: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] | str = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    bias: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self, name) for name in names}
+
+    def parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Random weight [K, C / groups, R, S] and bias [K]."""
+        shape = (self.outputs, self.shape[-3] // self.groups, *self.kernel)
+        weight = torch.randn(shape, dtype=torch.float64).to(dtype)
+        bias = torch.randn(self.outputs, dtype=torch.float64).to(dtype) if self.bias else None
+        return weight, bias
+
+
 # Channel counts stand around the vector widths (4, 8, 16) and around n; plane sizes around the 512 of a work item.
 LRN_CASES = (
     LRN((2, 96, 7, 9)),
@@ -90,6 +115,29 @@ POOL_CASES = (
     Pool((0, 3, 9, 9)),
     # Dilated windows that step over the map: they hold padding alone.
     Pool((1, 2, 3, 9), kernel_size=2, stride=1, padding=1, dilation=4),
+)
+
+# AlexNet's own layers in small, and everything torch's conv2d takes.
+CONV_CASES = (
+    Conv((2, 3, 35, 35), 16, kernel=(11, 11), stride=4),
+    Conv((1, 16, 13, 13), 32, kernel=(5, 5), padding=2, groups=2),
+    Conv((2, 32, 9, 9), 48, padding=1),
+    Conv((2, 24, 7, 8), 16, kernel=(1, 1)),
+    Conv((2, 5, 9, 8), 7, kernel=(1, 1), stride=2, bias=False),
+    Conv((1, 1, 5, 5), 1),
+    Conv((3, 1, 1, 1), 3, kernel=(1, 1)),
+    Conv((1, 7, 11, 6), 5, kernel=(2, 3), stride=(2, 1), padding=(1, 0)),
+    Conv((2, 6, 10, 10), 9, padding=(2, 1), dilation=(2, 1), groups=3),
+    Conv((1, 17, 12, 13), 19, dilation=2, bias=False),
+    Conv((2, 12, 6, 6), 12, padding=1, groups=12),  # depthwise
+    Conv((1, 4, 6, 6), 8, padding=1, groups=4),  # depthwise, two outputs a channel
+    Conv((1, 8, 9, 9), 6, padding="same"),
+    Conv((1, 8, 9, 7), 6, kernel=(4, 2), padding="same"),  # even: more padding after than before
+    Conv((1, 8, 9, 9), 6, padding="valid", stride=2),
+    Conv((1, 3, 4, 4), 5, padding=4),  # windows of padding alone
+    Conv((1, 3, 3, 3), 33),  # one output pixel
+    Conv((0, 3, 9, 9), 4),
+    Conv((3, 9, 9), 4, padding=1),
 )
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expanded", "transposed")

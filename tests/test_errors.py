@@ -1,0 +1,259 @@
+"""Wrong calls: an exception that names what was wrong and what is allowed; never a crash."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastalex
+from fastalex import ops
+from tests.support.samples import stock_conv_relu
+
+PACKAGE = pathlib.Path(fastalex.__file__).parent
+X = torch.zeros(2, 4, 6, 6)
+W = torch.zeros(8, 4, 3, 3)
+
+
+def both(function, stock):
+    """Ours and torch's: what torch rejects, we reject."""
+    return function, stock
+
+
+LRN = both(ops.local_response_norm, F.local_response_norm)
+POOL = both(ops.max_pool2d, F.max_pool2d)
+CONV = both(ops.conv2d_relu, stock_conv_relu)
+FUSED = both(ops.lrn_max_pool2d, None)
+OURS = both(ops.local_response_norm, None)
+
+#: functions, arguments, keywords, our exception, what its message names.
+WRONG = [
+    (LRN, (torch.zeros(2, 4), 5), {}, ValueError, "2-D .*3-D or more"),
+    (LRN, (torch.zeros(4), 5), {}, ValueError, "1-D .*3-D or more"),
+    (OURS, (X.int(), 5), {}, TypeError, "int32.*float32"),
+    (LRN, ("x", 5), {}, TypeError, "must be a Tensor.*str"),
+    (LRN, (X, 0), {}, ValueError, "size is 0.*positive"),
+    (OURS, (X, -3), {}, ValueError, "size is -3.*positive"),
+    (LRN, (X, "5"), {}, ValueError, "size is '5'.*positive int"),
+    (OURS, (X, 5), {"groups": 3}, ValueError, "groups is 3.*divide the 4"),
+    (OURS, (X, 5), {"groups": 0}, ValueError, "groups is 0"),
+    (OURS, (X, 5), {"alpha_mode": "max"}, ValueError, "'max'.*'mean' or 'sum'"),
+    (POOL, (torch.zeros(4, 4), 2), {}, ValueError, "2-D.*3-D or 4-D"),
+    (POOL, (torch.zeros(1, 1, 1, 4, 4), 2), {}, ValueError, "5-D.*3-D or 4-D"),
+    (POOL, ("x", 2), {}, TypeError, "must be a Tensor.*str"),
+    (POOL, (X, 0), {}, ValueError, "kernel_size is 0.*at least 1"),
+    (POOL, (X, -2), {}, ValueError, "kernel_size is -2.*at least 1"),
+    (POOL, (X, "3"), {}, ValueError, "kernel_size is '3'.*int or a pair"),
+    (POOL, (X, 2.5), {}, ValueError, "kernel_size is 2.5.*int or a pair"),
+    (POOL, (X, (2, 2, 2)), {}, ValueError, "kernel_size is .*pair"),
+    (POOL, (X, 3, 0), {}, ValueError, "stride is 0.*at least 1"),
+    (POOL, (X, 3, 2, -1), {}, ValueError, "padding is -1.*at least 0"),
+    (POOL, (X, 3, 2, 2), {}, ValueError, "padding is 2.*half of kernel_size 3"),
+    (POOL, (X, 3, 2, 1, 0), {}, ValueError, "dilation is 0.*at least 1"),
+    (POOL, (X, 7), {}, ValueError, r"kernel_size \(7, 7\).*does not fit"),
+    (POOL, (X[:, :0], 3), {}, ValueError, "only the batch may be empty"),
+    (POOL, (X[:, :, :0], 3), {}, ValueError, "does not fit"),
+    (FUSED, (torch.zeros(4, 4), 5), {}, ValueError, "2-D"),
+    (FUSED, (torch.zeros(1, 4, 4, 4, 4), 5), {}, ValueError, "5-D"),
+    (FUSED, (X, 0), {}, ValueError, "size is 0"),
+    (FUSED, (X, 5), {"kernel_size": 9}, ValueError, "does not fit"),
+    (FUSED, (X.long(), 5), {}, TypeError, "int64"),
+    (CONV, (X[0, 0], W), {}, ValueError, "2-D.*3-D or 4-D"),
+    (CONV, (X, W[0]), {}, ValueError, "weight is 3-D"),
+    (CONV, ("x", W), {}, TypeError, "input must be a Tensor.*str"),
+    (CONV, (X, "w"), {}, TypeError, "weight must be a Tensor.*str"),
+    (CONV, (X, W, "b"), {}, TypeError, "bias must be a Tensor.*str"),
+    (CONV, (X.double(), W), {}, TypeError, "float64 and weight torch.float32"),
+    (CONV, (X, W, torch.zeros(8).double()), {}, TypeError, "float32 and bias torch.float64"),
+    (both(ops.conv2d_relu, None), (X, W.to("meta")), {}, ValueError, "cpu and weight on meta"),
+    (CONV, (X, W, torch.zeros(7)), {}, ValueError, r"bias is \(7,\).*\(8,\)"),
+    (CONV, (X, W), {"groups": 0}, ValueError, "groups is 0"),
+    (CONV, (X, W), {"groups": 3}, ValueError, "groups is 3.*divide the 8"),
+    (CONV, (X, W), {"groups": 2}, ValueError, "input has 4 channels.*takes 8"),
+    (CONV, (X, W), {"stride": 0}, ValueError, "stride is 0.*at least 1"),
+    (CONV, (X, W), {"stride": 1.5}, ValueError, "stride is 1.5.*int or a pair"),
+    (CONV, (X, W), {"padding": -1}, ValueError, "padding is -1.*at least 0"),
+    (CONV, (X, W), {"padding": "full"}, ValueError, "'full'.*'valid', 'same'"),
+    (CONV, (X, W), {"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
+    (CONV, (X, W), {"dilation": 0}, ValueError, "dilation is 0.*at least 1"),
+    (CONV, (X, W), {"dilation": 3}, ValueError, "does not.*fit"),
+    (CONV, (X, torch.zeros(8, 4, 7, 7)), {}, ValueError, "does not.*fit"),
+    (CONV, (X, torch.zeros(8, 4, 0, 3)), {}, ValueError, "does not.*fit"),
+]
+
+
+@pytest.mark.parametrize(("functions", "args", "kwargs", "error", "message"), WRONG)
+def test_wrong_calls(functions, args, kwargs, error, message):
+    ours, stock = functions
+    with pytest.raises(error, match=f"(?s){message}"):
+        ours(*args, **kwargs)
+    if stock is not None:
+        with pytest.raises(
+            (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError)
+        ):
+            stock(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["padding", "dilation", "stride", "kernel_size"])
+def test_lists_are_pairs(name):
+    arguments = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
+    listed = {**arguments, name: [arguments[name]] * 2}
+    assert torch.equal(ops.max_pool2d(X, **listed), F.max_pool2d(X, **arguments))
+
+
+native = torch.ops.fastalex_cpu
+POOLING = (3, 3, 2, 2, 0, 0)
+OFFSETS = torch.zeros(2, 4, 2, 2, dtype=torch.uint8)
+HUGE = 2**62
+
+NONSENSE = {
+    "lrn of rank 2": lambda: native.lrn(X[0, 0], 5, 0.1, 0.75, 1.0, 1),
+    "lrn of ints": lambda: native.lrn(X.int(), 5, 0.1, 0.75, 1.0, 1),
+    "lrn groups": lambda: native.lrn(X, 5, 0.1, 0.75, 1.0, 3),
+    "lrn no groups": lambda: native.lrn(X, 5, 0.1, 0.75, 1.0, 0),
+    "lrn size": lambda: native.lrn(X, -1, 0.1, 0.75, 1.0, 1),
+    "lrn grad shape": lambda: native.lrn_backward(X[:1], X, 5, 0.1, 0.75, 1.0, 1),
+    "lrn grad dtype": lambda: native.lrn_backward(X.double(), X, 5, 0.1, 0.75, 1.0, 1),
+    "pool kernel": lambda: native.max_pool(X, 9, 9, 1, 1, 0, 0, 1, 1, False),
+    "pool stride": lambda: native.max_pool(X, 3, 3, 0, 1, 0, 0, 1, 1, False),
+    "pool padding": lambda: native.max_pool(X, 3, 3, 1, 1, 2, 0, 1, 1, False),
+    "pool overflow": lambda: native.max_pool(X, 5, 5, 1, 1, 0, 0, HUGE, HUGE, False),
+    "pool kernel overflow": lambda: native.max_pool(X, HUGE, HUGE, 1, 1, 0, 0, 4, 4, False),
+    "unpool dtype": lambda: native.max_pool_backward(
+        OFFSETS.float(), OFFSETS.int(), 5, 5, *POOLING, 1, 1
+    ),
+    "unpool shape": lambda: native.max_pool_backward(
+        torch.zeros(2, 4, 1, 1), OFFSETS, 5, 5, *POOLING, 1, 1
+    ),
+    "unpool to a negative size": lambda: native.max_pool_backward(
+        OFFSETS.float(), OFFSETS, -5, 5, *POOLING, 1, 1
+    ),
+    "unpool to another size": lambda: native.max_pool_backward(
+        OFFSETS.float(), OFFSETS, 50, 50, *POOLING, 1, 1
+    ),
+    "fused unpool channels": lambda: native.lrn_max_pool_backward(
+        OFFSETS.float()[:, :2], X, OFFSETS[:, :2], 5, 0.1, 0.75, 1.0, 1, *POOLING
+    ),
+    "fused unpool dtype": lambda: native.lrn_max_pool_backward(
+        OFFSETS.double(), X, OFFSETS, 5, 0.1, 0.75, 1.0, 1, *POOLING
+    ),
+    "isa": lambda: native.set_isa("mmx"),
+}
+
+
+@pytest.mark.parametrize("call", NONSENSE.values(), ids=NONSENSE)
+def test_native_operators_refuse_nonsense(call):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        call()
+
+
+# --- the environment, and libraries that do not load ---------------------------------------------
+
+
+def python(*arguments, package_parent=PACKAGE.parent, cwd=None, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTALEX_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**clean, "PYTHONPATH": str(package_parent), **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "allowed"),
+    [
+        ("FASTALEX_BACKEND", "auto or one of cpu, onednn"),
+        ("FASTALEX_CPU_ISA", "avx512, avx2, portable"),
+    ],
+)
+def test_unknown_environment_values(variable, allowed):
+    done = python("-c", "import fastalex", **{variable: "quick"})
+    assert done.returncode == 1
+    assert f"ValueError: {variable} is 'quick'" in done.stderr
+    assert allowed in done.stderr
+
+
+def test_unknown_build_choice():
+    setup = PACKAGE.parent / "setup.py"
+    if not setup.exists():
+        pytest.skip("fastalex is installed without its setup.py")
+    done = python(str(setup), "--version", cwd=setup.parent, FASTALEX_BUILD="fast")
+    assert done.returncode == 1
+    assert "FASTALEX_BUILD is 'fast'; it can be auto, cpu or none" in done.stderr
+
+
+USE = """
+import torch, fastalex
+from fastalex import ops
+x = torch.randn(2, 8, 9, 9, requires_grad=True)
+ops.lrn_max_pool2d(x, 5).sum().backward()
+ops.local_response_norm(x, 5); ops.max_pool2d(x, 3, 2)
+ops.conv2d_relu(x, torch.randn(4, 8, 3, 3))
+fastalex.explain("lrn", x, 5)
+"""
+
+
+def truncated(size):
+    return lambda good: good[:size]
+
+
+def half(good):
+    return good[: len(good) // 2]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        None,
+        lambda good: b"",
+        lambda good: b"not a library" * 99,
+        truncated(64),
+        truncated(9000),
+        half,
+    ],
+    ids=["absent", "empty", "text", "header", "pages", "half"],
+)
+def test_bad_libraries_leave_a_working_package(tmp_path, spoil):
+    """Import works, every operator runs on torch, and the reason is given."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "fastalex", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    (library,) = PACKAGE.glob("_cpu*.so")
+    if spoil is not None:
+        (tmp_path / "fastalex" / library.name).write_bytes(spoil(library.read_bytes()))
+    done = python("-c", USE, package_parent=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lrn: runs on torch" in done.stdout
+    report = python("-m", "fastalex", package_parent=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "backend cpu" in report.stdout
+    reason = "was not built" if spoil is None else "does not load into torch"
+    assert reason in report.stdout
+
+
+def test_library_of_another_abi(tmp_path):
+    """One that wants a symbol this torch does not have."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build a library with")
+    shutil.copytree(
+        PACKAGE, tmp_path / "fastalex", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    source = tmp_path / "bad.cpp"
+    source.write_text(
+        'extern "C" int aoti_torch_of_the_future();\nint x = aoti_torch_of_the_future();\n'
+    )
+    output = tmp_path / "fastalex" / "_cpu.abi3.so"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", output], check=True)
+    done = python("-c", USE, package_parent=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = python("-m", "fastalex", package_parent=tmp_path)
+    assert "aoti_torch_of_the_future" in report.stdout
