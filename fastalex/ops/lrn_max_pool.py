@@ -83,9 +83,8 @@ def _cpu_lrn_max_pool_backward(
 
 LRN_MAX_POOL.kernels.add("torch", reference.lrn_max_pool, no_refusal)
 LRN_MAX_POOL_BACKWARD.kernels.add("torch", reference.lrn_max_pool_backward, no_refusal)
-if _cpu.library is not None:
-    LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
-    LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
+LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
+LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
