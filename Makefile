@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv build test test-all bench lint wheel clean
+.PHONY: build venv test test-all bench lint wheel clean
 
-venv: $(VENV)/.tools
 build: $(VENV)/.built
+venv: $(VENV)/.tools
 
 # What a build without isolation needs first: torch at the constrained version, and the build backend.
 $(VENV)/.tools: constraints.txt
@@ -16,8 +16,11 @@ $(VENV)/.tools: constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt 'setuptools>=77' ninja torch torchvision
 	touch $@
 
-# Editable: a change of Python needs no build, and ninja compiles only what changed of csrc.
+# Editable: a change of Python needs no build, and ninja compiles only what changed of csrc. Tests and timings
+# without the library would mislead, so a compiler is required here, though not by pip.
 $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(SOURCES)
+	@set -- $${CXX:-g++}; command -v "$$1" > /dev/null || \
+	  { echo "make: no C++ compiler '$$1' was found: install one, or set CXX" >&2; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench,dev]'
 	touch $@
 
@@ -28,7 +31,7 @@ test-all: build
 	$(BIN)/python -m pytest tests -m 'not gpu'
 
 bench: build
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .
@@ -45,4 +48,4 @@ wheel: build
 clean:
 	rm -rf build dist out *.egg-info fastalex/*.so $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find fastalex kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -93,7 +92,7 @@ def test_presets_have_the_parameters_that_the_readme_counts():
     from fastalex import models
 
     (count,) = re.findall(
-        r"two-tower network, ([\d,]+) parameters", Path(ROOT, "README.md").read_text()
+        r"two-tower network, ([\d,]+) parameters", (ROOT / "README.md").read_text()
     )
     net = models.alexnet("paper")
     assert sum(p.numel() for p in net.parameters()) == int(count.replace(",", ""))
