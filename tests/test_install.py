@@ -179,13 +179,8 @@ def test_sdist_builds_the_library_elsewhere(source, tmp_path):
 
 
 def test_version_is_written_once():
-    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[
-        1
-    ]
-    texts = [
-        path
-        for pattern in ("*.*", "[a-z]*/**/*.py", "docs/*.md")
-        for path in ROOT.glob(pattern)
-        if path.is_file()
-    ]
-    assert [path.name for path in texts if version in path.read_text()] == ["pyproject.toml"]
+    project = ROOT / "pyproject.toml"
+    (version,) = re.findall(r'^version = "(.*)"', project.read_text(), re.MULTILINE)
+    patterns = ("*.*", "[a-z]*/**/*.py", "docs/*.md")
+    texts = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
+    assert [path for path in texts if version in path.read_text()] == [project]
