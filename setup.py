@@ -1,8 +1,10 @@
 """Builds the native libraries with ninja. Without a compiler the package installs as pure Python.
 
 FASTALEX_BUILD: "auto" (default: what the machine can build), "cpu" (fail unless the CPU library builds) or "none".
+A compiler that is there and fails is an error in every mode that builds. CXX names the compiler.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -16,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.absolute()
 CPU = ROOT / "csrc/cpu"
+COMPILER = os.environ.get("CXX", "g++")
 BUILD = ROOT / "build/native"  # kept between builds, so that a rebuild compiles what changed
 # Compiled once per instruction set, free of torch; the other sources know torch and no instruction set.
 CPU_KERNELS = ("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "kernel_table")
@@ -71,33 +74,47 @@ def ninja_file(compiler: str, output: Path) -> str:
 
 
 class BuildNative(build_ext):
-    """Writes the ninja file and runs it; explains in one sentence why there is no native library."""
+    """Writes the ninja file and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = os.environ.get("CXX", "g++")
-        reason = self.missing(compiler)
-        if reason:
-            if os.environ.get("FASTALEX_BUILD") == "cpu":
-                raise SystemExit(f"fastalex: FASTALEX_BUILD=cpu, but {reason}")
-            print(f"fastalex: {reason}; installing without the CPU library", file=sys.stderr)
-            return
         BUILD.mkdir(parents=True, exist_ok=True)
         built = BUILD / "_cpu.so"
-        (BUILD / "build.ninja").write_text(ninja_file(compiler, built))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], check=True)
+        (BUILD / "build.ninja").write_text(ninja_file(COMPILER, built))
+        run_ninja(BUILD)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(built, output)
 
-    @staticmethod
-    def missing(compiler: str) -> str | None:
-        if shutil.which(shlex.split(compiler)[0]) is None:
-            return f"no C++20 compiler '{compiler}' was found (set CXX to one)"
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            return "torch is not installed in the build environment (pip --no-build-isolation)"
-        return None
+
+def run_ninja(folder: Path) -> None:
+    """Builds; a compiler that fails ends the installation, and its words are kept in a log."""
+    log = folder / "build.log"
+    command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+    with (
+        log.open("w") as kept,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as ninja,
+    ):
+        assert ninja.stdout is not None
+        for line in ninja.stdout:
+            kept.write(line)
+            sys.stdout.write(line)
+    if ninja.returncode != 0:
+        raise SystemExit(
+            f"fastalex: '{COMPILER}' could not build the CPU library (log: {log}); set CXX to another "
+            "C++20 compiler, or FASTALEX_BUILD=none to install without the library"
+        )
+
+
+def missing() -> str | None:
+    """What a build lacks here and how to get it, or None."""
+    if shutil.which(shlex.split(COMPILER)[0]) is None:
+        return f"no C++20 compiler '{COMPILER}' was found: install one, or set CXX to where it is"
+    for module in ("torch", "ninja"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not in the build environment: pip install {module} first"
+    return None
 
 
 def extensions() -> list[Extension]:
@@ -106,7 +123,13 @@ def extensions() -> list[Extension]:
         raise SystemExit(f"FASTALEX_BUILD is '{choice}'; it can be auto, cpu or none")
     if choice == "none":
         return []
-    return [Extension("fastalex._cpu", sources=[], py_limited_api=True, optional=True)]
+    reason = missing()
+    if reason is None:
+        return [Extension("fastalex._cpu", sources=[], py_limited_api=True)]
+    if choice == "cpu":
+        raise SystemExit(f"fastalex: FASTALEX_BUILD=cpu, but {reason}")
+    print(f"fastalex: building without the CPU library, because {reason}", file=sys.stderr)
+    return []
 
 
 setup(

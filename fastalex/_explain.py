@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from fastalex import ops
 from fastalex.ops._operator import REGISTRY
 
 #: The public function of each operator.
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "conv_relu": ops.conv2d_relu,
     "lrn": ops.local_response_norm,
     "lrn_max_pool": ops.lrn_max_pool2d,
@@ -24,6 +25,8 @@ class _Captured(Exception):
 
 
 class _Capture(TorchDispatchMode):
+    """Ends the call where it reaches a fastalex operator."""
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -37,7 +40,7 @@ def explanation(op: str, *args: Any, **kwargs: Any) -> str:
     if op not in FUNCTIONS:
         raise ValueError(f"no operator '{op}'; there are {', '.join(FUNCTIONS)}")
     try:
-        with torch.no_grad(), _Capture():
+        with torch.no_grad(), _Capture():  # type: ignore[no-untyped-call]
             FUNCTIONS[op](*args, **kwargs)
     except _Captured as captured:
         return REGISTRY[op].kernels.explain(*captured.args[0])

@@ -19,7 +19,7 @@ def _load() -> str | None:
     if not libraries:
         return (
             "the CPU library was not built: install a C++20 compiler, then reinstall with "
-            "FASTALEX_BUILD=cpu pip install --no-build-isolation"
+            "FASTALEX_BUILD=cpu pip install --no-build-isolation . in fastalex's source folder"
         )
     try:
         torch.ops.load_library(libraries[0])

@@ -26,9 +26,9 @@ def _checked(name: str, source: str) -> str | None:
     return None if name == "auto" else name
 
 
+_FROM_ENVIRONMENT = _checked(os.environ.get("FASTALEX_BACKEND", "auto"), "FASTALEX_BACKEND")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "fastalex_backend",
-    default=_checked(os.environ.get("FASTALEX_BACKEND", "auto"), "FASTALEX_BACKEND"),
+    "fastalex_backend", default=_FROM_ENVIRONMENT
 )
 
 

@@ -35,7 +35,8 @@ class TowerLocalResponseNorm(nn.LocalResponseNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         towers = input.unflatten(1, (self.groups, -1)).flatten(0, 1)
-        return super().forward(towers).unflatten(0, (-1, self.groups)).flatten(1, 2)
+        normalised: Tensor = super().forward(towers).unflatten(0, (-1, self.groups))
+        return normalised.flatten(1, 2)
 
 
 def _convolution(fused: bool, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

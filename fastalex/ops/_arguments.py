@@ -19,7 +19,7 @@ def pair(value: Any, name: str, minimum: int) -> Pair:
         raise ValueError(f"{name} is {value!r}; it must be an int or a pair of ints")
     if min(values) < minimum:
         raise ValueError(f"{name} is {value!r}; it must be at least {minimum}")
-    return values  # type: ignore[return-value]
+    return values
 
 
 def require_tensor(value: Any, name: str, label: str = "input") -> None:

@@ -23,5 +23,15 @@ def refuse(first: Tensor, *rest: Any) -> str | None:
     return None
 
 
-#: The native operators, or None where the library is absent and every call is refused.
-library: Any = torch.ops.fastalex_cpu if _native.error is None else None
+class _Absent:
+    """Stands in for the native operators where there are none, and refuse() says why to every call."""
+
+    def __getattr__(self, name: str) -> _Absent:
+        return self
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError(_native.error)
+
+
+#: The native operators.
+library: Any = torch.ops.fastalex_cpu if _native.error is None else _Absent()

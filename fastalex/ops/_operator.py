@@ -1,4 +1,4 @@
-"""An operator of ``torch.ops.fastalex``: schema, kernels, fake, autograd, vmap, and the short way past the dispatcher."""
+"""An operator of ``torch.ops.fastalex``: schema, kernels, fake, autograd, vmap, and the way past the dispatcher."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Operator:
                     full[index] = value
                 return reference(*full)
 
-            outputs, vjp = torch.func.vjp(of_tensors, *(args[i] for i in tensors))
+            outputs, vjp = torch.func.vjp(of_tensors, *(args[i] for i in tensors))[:2]
             if isinstance(outputs, Tensor):
                 results = vjp(grads[0])
             else:

@@ -243,11 +243,10 @@ class Conv2dReLU(nn.Conv2d):
     """:class:`torch.nn.Conv2d` followed by ReLU, on :func:`conv2d_relu`; same constructor, same state dict."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.padding_mode == "zeros":
-            padding = self.padding
-        else:
+        padding = self.padding
+        if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+            padding = (0, 0)
         return conv2d_relu(
             input,
             self.weight,

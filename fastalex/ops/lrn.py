@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastalex import reference
@@ -32,9 +31,8 @@ LRN_BACKWARD = Operator(
 
 LRN.kernels.add("torch", _torch.in_layout(reference.lrn, 0), no_refusal)
 LRN_BACKWARD.kernels.add("torch", _torch.in_layout(reference.lrn_backward, 1), no_refusal)
-if _cpu.library is not None:
-    LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
-    LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
+LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
+LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,7 +127,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        text: str = nn.LocalResponseNorm.extra_repr(self)
         if self.groups != 1:
             text += f", groups={self.groups}"
         if self.alpha_mode != "mean":

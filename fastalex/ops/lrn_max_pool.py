@@ -85,9 +85,8 @@ LRN_MAX_POOL.kernels.add("torch", _torch.in_layout(reference.lrn_max_pool, 0), n
 LRN_MAX_POOL_BACKWARD.kernels.add(
     "torch", _torch.in_layout(reference.lrn_max_pool_backward, 1), no_refusal
 )
-if _cpu.library is not None:
-    LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
-    LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
+LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
+LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -87,9 +87,8 @@ def _cpu_max_pool_backward(
 
 MAX_POOL.kernels.add("torch", _torch.in_layout(reference.max_pool, 0), no_refusal)
 MAX_POOL_BACKWARD.kernels.add("torch", _torch.in_layout(reference.max_pool_backward, 1), no_refusal)
-if _cpu.library is not None:
-    MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
-    MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
+MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
+MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -127,6 +126,16 @@ def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) ->
 
 
 _cached_geometry = functools.lru_cache(maxsize=256)(pool_geometry)
+
+
+def _geometry(*arguments: Any) -> Geometry:
+    """pool_geometry, looked up where it can be: the checks cost as much as a small pool."""
+    if torch.compiler.is_compiling():
+        return pool_geometry(*arguments)
+    try:
+        return _cached_geometry(*arguments)
+    except TypeError:  # a list has no hash
+        return pool_geometry(*arguments)
 
 
 def require_poolable(input: Tensor, geometry: Geometry, ceil_mode: bool, name: str) -> None:
@@ -187,16 +196,12 @@ def max_pool2d(
             with no room for a window.
     """
     require_tensor(input, "max_pool2d")
-    listed = list in (type(kernel_size), type(stride), type(padding), type(dilation))
-    if torch.compiler.is_compiling() or listed:
-        geometry = pool_geometry(kernel_size, stride, padding, dilation)
-    else:
-        geometry = _cached_geometry(kernel_size, stride, padding, dilation)
+    geometry = _geometry(kernel_size, stride, padding, dilation)
     require_poolable(input, geometry, ceil_mode, "max_pool2d")
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if needs_dispatcher(input):
         if needs_reference():
-            return F.max_pool2d(  # type: ignore[no-any-return]
+            return F.max_pool2d(  # type: ignore[call-overload, no-any-return]
                 input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices
             )
         save = return_indices or must_save_offsets(input)
@@ -214,13 +219,13 @@ def max_pool2d(
 class MaxPool2d(nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` on :func:`max_pool2d`."""
 
-    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return max_pool2d(
             input,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
             self.ceil_mode,
             self.return_indices,
         )

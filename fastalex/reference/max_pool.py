@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalex._geometry import empty_in_layout, offsets_dtype
 
-Ints = Sequence[int]
+Ints: TypeAlias = "torch.Size | list[int] | tuple[int, ...]"  # what torch takes for int[]
 
 
 def _starts(windows: int, stride: int, padding: int, device: torch.device) -> Tensor:
@@ -112,8 +112,8 @@ def max_pool_backward(
     source = torch.where(alive, grad, 0).to(dtype)
     plane = source.new_zeros(*grad.shape[:2], input_size[0] * input_size[1])
     summed = plane.scatter_add(2, indices.flatten(2), source.flatten(2))
-    result = summed.unflatten(2, tuple(input_size)).to(grad.dtype)
-    if grad.dim() == 4 and offsets.is_contiguous(memory_format=torch.channels_last):
-        if not offsets.is_contiguous():
-            result = result.contiguous(memory_format=torch.channels_last)
+    result: Tensor = summed.unflatten(2, tuple(input_size)).to(grad.dtype)
+    in_channels_last = offsets.is_contiguous(memory_format=torch.channels_last)
+    if grad.dim() == 4 and in_channels_last and not offsets.is_contiguous():
+        result = result.contiguous(memory_format=torch.channels_last)
     return result

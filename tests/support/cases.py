@@ -145,7 +145,7 @@ LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expande
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """The same values in memory laid out otherwise."""
-    if layout == "contiguous" or values.dim() < 4 and layout in ("channels_last", "transposed"):
+    if layout == "contiguous" or (values.dim() < 4 and layout in ("channels_last", "transposed")):
         return values.contiguous()
     if layout == "channels_last":
         format = torch.channels_last if values.dim() == 4 else torch.channels_last_3d

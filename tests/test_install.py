@@ -1,0 +1,186 @@
+"""What pip makes of the source tree: with a compiler, without one, and with one that fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.packaging import (
+    FAILING_COMPILER,
+    PRETENDING_COMPILER,
+    ROOT,
+    build_sdist,
+    compiler,
+    copy_of_source,
+    install,
+    pip_wheel,
+    python,
+)
+
+#: A call of every operator, a gradient, and what the package says of itself.
+TOUR = """
+import torch, fastalex
+from fastalex import ops
+x = torch.randn(2, 8, 13, 13, requires_grad=True)
+w = torch.randn(4, 8, 3, 3)
+for y in (
+    ops.conv2d_relu(x, w), ops.local_response_norm(x, 5), ops.max_pool2d(x, 3, 2), ops.lrn_max_pool2d(x, 5)
+):
+    y.sum().backward()
+print(fastalex.__file__, fastalex.__version__)
+fastalex.explain("lrn", x, 5)
+from fastalex.__main__ import main
+main()
+"""
+
+
+def built(source: Path, folder: Path, **environment: str) -> Path:
+    """The one wheel that pip builds."""
+    result = pip_wheel(source, folder, **environment)
+    assert result.code == 0, result.text
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def names(wheel: Path) -> list[str]:
+    return zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    return build_sdist(copy_of_source(folder / "source"), folder)
+
+
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """Wheels are built from the sdist, as on a machine that never saw the checkout."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture
+def source(sdist: Path, tmp_path: Path) -> Path:
+    return unpacked(sdist, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pretended(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and its wheel, built in no time by a compiler that writes files with nothing in them."""
+    folder = tmp_path_factory.mktemp("pretended")
+    source = unpacked(sdist, folder)
+    return source, built(source, folder / "dist", CXX=compiler(folder, PRETENDING_COMPILER))
+
+
+def test_sdist_holds_the_whole_source(sdist):
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    for pattern in (
+        "csrc/**/*",
+        "fastalex/**/*.py",
+        "kernels/**/*.py",
+        "tests/**/*.py",
+        "benchmarks/**/*.py",
+    ):
+        on_disk = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if path.is_file()}
+        assert on_disk <= held
+    assert {
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "LICENSE",
+        "README.md",
+        "Makefile",
+    } <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.parametrize("how", [{"FASTALEX_BUILD": "none"}, {"CXX": "/nonexistent"}], ids=str)
+def test_without_a_compiler_it_is_pure_python_and_says_so(source, tmp_path, how):
+    build = pip_wheel(source, tmp_path / "dist", **how)
+    assert build.code == 0, build.text
+    missing = "no C++20 compiler '/nonexistent' was found: install one, or set CXX to where it is"
+    assert (missing in build.text) == ("CXX" in how)  # it was not asked for otherwise
+    (wheel,) = (tmp_path / "dist").glob("*-py3-none-any.whl")
+    result = python(TOUR, install(wheel, tmp_path / "site"))
+    assert result.code == 0, result.text
+    assert str(tmp_path / "site") in result.text  # and not the checkout
+    assert "lrn: runs on torch" in result.text
+    sentence = "the CPU library was not built: install a C++20 compiler, then reinstall"
+    assert f"cpu     no: {sentence}" in result.text  # explain
+    assert f"backend cpu     absent: {sentence}" in result.text  # python -m fastalex
+
+
+def test_forced_build_without_a_compiler_fails(source, tmp_path):
+    result = pip_wheel(source, tmp_path / "dist", CXX="/nonexistent", FASTALEX_BUILD="cpu")
+    assert result.code != 0
+    assert "FASTALEX_BUILD=cpu, but no C++20 compiler '/nonexistent' was found" in result.text
+
+
+def test_unknown_build_choice_fails(source, tmp_path):
+    result = pip_wheel(source, tmp_path / "dist", FASTALEX_BUILD="cuda11")
+    assert result.code != 0
+    assert "FASTALEX_BUILD is 'cuda11'; it can be auto, cpu or none" in result.text
+
+
+def test_a_compiler_that_fails_is_an_error_that_names_its_log(source, tmp_path):
+    result = pip_wheel(source, tmp_path / "dist", CXX=compiler(tmp_path, FAILING_COMPILER))
+    assert result.code != 0
+    assert "could not build the CPU library (log: " in result.text
+    log = Path(re.search(r"log: (\S+)\)", result.text)[1])
+    assert "out of patience" in log.read_text()
+
+
+def test_wheel_holds_the_package_and_its_library_for_every_python(pretended):
+    _, wheel = pretended
+    assert "-cp310-abi3-" in wheel.name
+    files = names(wheel)
+    assert "fastalex/_cpu.abi3.so" in files
+    assert "fastalex/py.typed" in files
+    assert "fastalex/kernels/__init__.py" in files
+    for folder in ("fastalex", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            inside = path.relative_to(ROOT / folder)
+            assert str(Path("fastalex", "kernels" if folder == "kernels" else "", inside)) in files
+    assert {name.partition("/")[0].partition("-")[0] for name in files} == {"fastalex"}
+
+
+def test_a_corrupted_library_is_named_and_the_package_still_works(pretended, tmp_path):
+    _, wheel = pretended
+    result = python(TOUR, install(wheel, tmp_path / "site"))
+    assert result.code == 0, result.text
+    assert "the CPU library _cpu.abi3.so does not load into torch" in result.text
+    assert "reinstall fastalex beside this torch" in result.text
+
+
+def test_flags_keep_the_library_portable_and_exact(pretended):
+    """No flag that ties the library to the building machine or changes what arithmetic means."""
+    source, _ = pretended
+    ninja = (source / "build/native/build.ninja").read_text()
+    assert "-std=c++20" in ninja
+    for flag in ("-march=native", "-mtune=native", "-ffast-math", "-Ofast", "--use_fast_math"):
+        assert flag not in ninja
+    for flag in ("-funsafe-math", "-ffinite-math", "-fassociative-math", "-freciprocal-math"):
+        assert flag not in ninja
+
+
+@pytest.mark.slow
+def test_sdist_builds_the_library_elsewhere(source, tmp_path):
+    wheel = built(source, tmp_path / "dist", CXX=os.environ.get("CXX", "g++"), FASTALEX_BUILD="cpu")
+    assert "-cp310-abi3-" in wheel.name
+    result = python(TOUR, install(wheel, tmp_path / "site"))
+    assert result.code == 0, result.text
+    assert "lrn: runs on cpu" in result.text
+
+
+def test_version_is_written_once():
+    project = ROOT / "pyproject.toml"
+    (version,) = re.findall(r'^version = "(.*)"', project.read_text(), re.MULTILINE)
+    patterns = ("*.*", "[a-z]*/**/*.py", "docs/*.md")
+    texts = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
+    assert [path for path in texts if version in path.read_text()] == [project]
