@@ -1,4 +1,4 @@
-"""Rows of the whole network on photographs: inference and the training step of the two-tower AlexNet."""
+"""Rows of the whole network on photographs: two-tower AlexNet, inference and training step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def weights() -> dict[str, Tensor]:
 
 
 def network(fused: bool, device: torch.device) -> AlexNet:
-    net = alexnet("paper", fused=fused)
+    with torch.device("meta"):  # skips an initialisation that is overwritten at once
+        net = alexnet("paper", fused=fused)
+    net = net.to_empty(device=device)
     net.load_state_dict(weights())
-    return net.to(device)
+    return net
 
 
 def prepare_inference(
@@ -48,7 +50,7 @@ def prepare_inference(
     forward: Callable[..., object] = net
     if provider == "compile":
         forward = compiled(net, freezing=True)
-    # Eager torch has no bfloat16 LRN on the CPU; autocast runs that layer, and nothing else, in float32.
+    # Eager torch has no bfloat16 LRN on the CPU; autocast runs that layer alone in float32.
     needs_autocast = provider == "eager" and dtype is not torch.float32
     context = functools.partial(torch.autocast, device.type, dtype, enabled=needs_autocast)
 
@@ -62,7 +64,7 @@ def prepare_inference(
 def prepare_training(
     batch: int, dtype: torch.dtype, provider: str, device: torch.device
 ) -> Prepared:
-    """Forward, cross-entropy, backward and SGD with momentum; in bfloat16 under autocast, as it is trained."""
+    """Forward, cross-entropy, backward, SGD with momentum; bfloat16 means autocast."""
     if provider in PEERS:
         raise Unavailable(f"{provider} does not train")
     net = network(provider == "fastalex", device).train()

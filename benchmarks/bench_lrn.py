@@ -1,4 +1,4 @@
-"""Rows of ``lrn``: the two normalised maps of AlexNet, all channels in one group as torch has it."""
+"""Rows of ``lrn``: AlexNet's two normalised maps, all channels in one group as torch has it."""
 
 from __future__ import annotations
 

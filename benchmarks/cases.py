@@ -90,7 +90,7 @@ def all_cases() -> list[Case]:
 
 
 def select(cases: Sequence[Case], pattern: str | None, full: bool) -> list[Case]:
-    """The cases whose names match one of the comma-separated globs; without any, those of a default or full run.
+    """The cases that match one of the comma-separated globs, or those of a default or full run.
 
     Raises:
         ValueError: where nothing matches.

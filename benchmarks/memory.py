@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def saved_mib(call: Call, parameters: Iterable[Tensor]) -> float:
-    """Bytes that autograd keeps for the backward pass, each storage once and parameters not at all."""
+    """What autograd keeps for the backward pass: each storage once, parameters not at all."""
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, int] = {}
 

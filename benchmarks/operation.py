@@ -29,7 +29,7 @@ class Operation:
     def tensors(
         self, dtype: torch.dtype, device: torch.device, channels_last: bool
     ) -> list[Tensor]:
-        """Random input, positive as after a ReLU half of the time; random weights of a layer's scale."""
+        """Random input, and random weights of a layer's scale."""
         generator = torch.Generator().manual_seed(0)
         values = [torch.randn(shape, generator=generator) for shape in self.shapes]
         for weight in values[1:]:

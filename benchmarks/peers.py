@@ -1,4 +1,4 @@
-"""Inference engines to compare with, given the ONNX ``LRN`` operator rather than its decomposition."""
+"""Inference engines to compare with, given ONNX's ``LRN`` rather than its decomposition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of real images: crops, flips and scales of the two photographs that scikit-learn ships."""
+"""Real images: crops, flips and scales of the two photographs that scikit-learn ships."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Roof:
     flops: dict[torch.dtype, float]
 
     def seconds(self, costs: Iterable[Cost], dtype: torch.dtype) -> float:
-        """The least time for operators that run one after another, each as fast as memory or arithmetic lets it."""
+        """Least time of operators in turn, each as fast as memory or arithmetic lets it be."""
         rate = self.flops[dtype]
         return sum(max(cost.bytes / self.bandwidth, cost.flops / rate) for cost in costs)
 

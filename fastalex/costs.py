@@ -1,8 +1,9 @@
 """What each operator must cost at least: bytes to and from memory, and floating-point operations.
 
-One function per operator of ``torch.ops.fastalex``, taking the operator's own arguments. Only shapes and dtypes are
-read, so meta tensors do. Bytes are compulsory traffic: every input read once, every result written once, the state
-saved for the backward pass included. A power counts as one operation, as does a comparison.
+One function per operator of ``torch.ops.fastalex``, taking the operator's own arguments. Only
+shapes and dtypes are read, so meta tensors do. Bytes are compulsory traffic: every input read once,
+every result written once, the state saved for the backward pass included. A power counts as one
+operation, as does a comparison.
 """
 
 from __future__ import annotations
@@ -170,9 +171,9 @@ def conv_relu_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Cost:
-    """bytes = g + y + x + w + the gradients asked for; flops = outputs * (mask, and 2 C/groups R S per gradient).
+    """bytes = g + y + x + w + the gradients asked for; flops = outputs * (1 + 2 C/groups R S each).
 
-    The bias gradient is one addition an output.
+    The mask is one operation an output, the bias gradient one more.
     """
     outputs, depth = _convolved(input, weight, stride, padding, dilation)
     wants_input, wants_weight, wants_bias = output_mask
@@ -184,13 +185,13 @@ def conv_relu_backward(
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
-    """A fully connected layer, no operator of ours: bytes = x + w + b + y; flops = 2 N I O + N O."""
+    """A fully connected layer (torch's): bytes = x + w + b + y; flops = 2 N I O + N O."""
     outputs = input.shape[0] * weight.shape[0]
     moved = _bytes(input, weight, bias) + outputs * input.element_size()
     return Cost(moved, outputs * (2 * weight.shape[1] + (bias is not None)))
 
 
 def sgd_step(parameters: Sequence[Any], item: int = 4) -> Cost:
-    """SGD with momentum: weight, gradient and velocity read, weight and velocity written; 4 flops each."""
+    """SGD with momentum: weight, gradient, velocity read, two of them written; 4 flops each."""
     elements = sum(parameter.numel() for parameter in parameters)
     return Cost(5 * item * elements, 4 * elements)
