@@ -77,7 +77,7 @@ def judge(
 
 
 def run_function(function: Function, tensors: Sequence[Tensor]) -> Results:
-    """Output without and with gradients, and every tensor's gradient for a random one of the output."""
+    """Output with and without gradients, every tensor's gradient for a random output gradient."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with torch.no_grad():
         inference = function(*leaves)

@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profile chats on stderr otherwise
+# The memory profile chats on stderr otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from rich.console import Console
