@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from benchmarks.timing import Call
@@ -45,21 +46,12 @@ class Case:
 
 
 def compiled(function: Callable[..., object], freezing: bool) -> Callable[..., object]:
-    """torch.compile as its users call it, constants folded into frozen graphs for inference.
+    """torch.compile as its users call it, with frozen weights for inference.
 
     Compiles at the first call. Dynamo starts afresh: rows must not make each other recompile.
     """
-    import torch._dynamo
-    import torch._inductor.config
-
     torch._dynamo.reset()
-    fast = torch.compile(function, dynamic=False)
-
-    def call(*args: object) -> object:
-        with torch._inductor.config.patch(freezing=freezing):
-            return fast(*args)
-
-    return call if freezing else fast
+    return torch.compile(function, dynamic=False, options={"freezing": freezing})
 
 
 class Bound(nn.Module):

@@ -62,7 +62,7 @@ def _sample(call: Call, repeats: int, synchronize: Call) -> float:
 def interleave(
     calls: Mapping[str, Call], seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Samples of every provider, one of each a round, for about ``seconds`` in all.
+    """Samples of every provider (called once before), one a round, for about ``seconds`` in all.
 
     The order rotates by one each round, so that nobody always runs in the same one's wake.
     """
@@ -73,7 +73,6 @@ def interleave(
 
     repeats = {}
     for provider, call in calls.items():
-        _sample(call, 1, synchronize)  # warms caches, pools and allocators
         single = _sample(call, 1, synchronize)
         repeats[provider] = max(1, round(SHORTEST_SAMPLE / max(single, 1e-7)))
     samples: dict[str, list[float]] = {provider: [] for provider in calls}

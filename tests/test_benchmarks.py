@@ -44,7 +44,8 @@ def test_interleaving_takes_turns_and_rotates():
     samples = timing.interleave(calls, 0.0, CPU)
     assert [len(times) for times in samples.values()] == [timing.FEWEST_ROUNDS] * 3
     runs = [name for i, name in enumerate(turns) if i == 0 or turns[i - 1] != name]
-    assert runs[3:9] == ["a", "b", "c", "b", "c", "a"] or runs[3:8] == ["a", "b", "c", "b", "c"]
+    rotated = ["b", "c", "a"]
+    assert any(runs[i : i + 6] == ["a", "b", "c", *rotated] for i in range(len(runs)))
 
 
 def test_names_are_unique_and_every_operator_has_cases_costs_and_parity():
