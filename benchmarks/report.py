@@ -1,0 +1,189 @@
+"""Shows the rows: a table on the terminal, markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.parity import Check
+from benchmarks.roofline import Roof
+from benchmarks.runner import BASELINE, Row
+
+
+def _time(row: Row) -> str:
+    if row.median_ms is None:
+        return "-"
+    if row.case.startswith("overhead/"):
+        return f"{row.median_ms * 1e3:.1f} us"
+    return f"{row.median_ms:.3g} ms" if row.median_ms < 100 else f"{row.median_ms:.0f} ms"
+
+
+def _time_and_ratio(row: Row) -> str:
+    if row.ratio is None or row.provider == BASELINE:
+        return _time(row)
+    return f"{_time(row)} ({row.ratio:.3f})"
+
+
+def _memory(rows: Sequence[Row], field: str) -> str:
+    values = [getattr(row, field) for row in rows]
+    if all(value is None for value in values):
+        return ""
+    return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
+
+
+def by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.case, []).append(row)
+    return grouped
+
+
+def cells(rows: Sequence[Row], providers: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the table: one line a case."""
+    headings = ["case", *providers, "roofline", "saved MiB", "peak MiB"]
+    lines = []
+    for case, group in by_case(rows).items():
+        last = group[-1] if all(r.provider != "fastalex" for r in group) else None
+        shown = next((row for row in group if row.provider == "fastalex"), last)
+        percent = shown.pct_roofline if shown is not None else None
+        lines.append(
+            [
+                case,
+                *(_time_and_ratio(row) for row in group),
+                "" if percent is None else f"{percent:.0f} %",
+                _memory(group, "saved_mb"),
+                _memory(group, "peak_mb"),
+            ]
+        )
+    return headings, lines
+
+
+def legend(roof: Roof, environment: dict[str, Any]) -> str:
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
+        for dtype, rate in roof.flops.items()
+    )
+    return (
+        f"{environment['cpu']}, {environment['threads']} threads, {environment['isa']}; "
+        f"roof measured in this run: {roof.bandwidth / 1e9:.1f} GB/s read, {rates}. "
+        f"Medians; in brackets the median ratio to {BASELINE}. Roofline is fastalex's. "
+        "Saved and peak memory: one figure a provider, in the order of the columns."
+    )
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Why providers have no time, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.note is not None:
+            reasons.setdefault((row.provider, row.note), []).append(row.case)
+    return [
+        f"{provider}: {note} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for (provider, note), names in reasons.items()
+    ]
+
+
+def print_parity(console: Console, label: str, checks: Sequence[Check]) -> None:
+    """One line a subject, its tightest quantity; every failed quantity."""
+    tightest = max(checks, key=lambda check: check.error / check.allowed)
+    verdict = "[green]equal[/]" if all(check.passed for check in checks) else "[red]DIFFERS[/]"
+    console.print(
+        f"  {verdict} {label}: {len(checks)} quantities; nearest its bound: {tightest.quantity}, "
+        f"{tightest.error:.1e} from float64 (stock {tightest.stock_error:.1e})",
+        soft_wrap=True,
+    )
+    for check in checks:
+        if not check.passed:
+            console.print(
+                f"    [red]{check.subject}: {check.quantity}[/] is {check.error:.2e} from float64; "
+                f"stock is {check.stock_error:.2e}, allowed {check.allowed:.2e}",
+                soft_wrap=True,
+            )
+
+
+def print_table(console: Console, rows: Sequence[Row], providers: Sequence[str]) -> None:
+    headings, lines = cells(rows, providers)
+    table = Table(pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    for note in notes(rows):
+        console.print(f"  {note}", soft_wrap=True, markup=False)
+
+
+def write_markdown(
+    path: pathlib.Path, rows: Sequence[Row], providers: Sequence[str], caption: str
+) -> None:
+    headings, lines = cells(rows, providers)
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *lines])
+    extra = "".join(f"- {note}\n" for note in notes(rows))
+    path.write_text(f"{text}\n\n{caption}\n" + (f"\n{extra}" if extra else ""))
+
+
+def write_json(
+    path: pathlib.Path,
+    rows: Sequence[Row],
+    roof: Roof,
+    checks: Sequence[Check],
+    environment: dict[str, Any],
+) -> None:
+    document = {
+        "environment": environment,
+        "roof": {
+            "bytes_per_second": roof.bandwidth,
+            "flops_per_second": {
+                str(dtype).removeprefix("torch."): rate for dtype, rate in roof.flops.items()
+            },
+        },
+        "parity": [asdict(check) for check in checks],
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> None:
+    """Speed-up over the baseline, a bar a provider and case, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = {
+        case: [row for row in group if row.ratio is not None and row.provider != BASELINE]
+        for case, group in by_case(rows).items()
+    }
+    groups = {case: group for case, group in groups.items() if group}
+    if not groups:
+        return
+    providers = list(dict.fromkeys(row.provider for group in groups.values() for row in group))
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.32 * len(groups)), layout="constrained")
+    height = 0.8 / len(providers)
+    for index, provider in enumerate(providers):
+        places, values = [], []
+        for place, group in enumerate(groups.values()):
+            for row in group:
+                if row.provider == provider:
+                    places.append(place + index * height)
+                    values.append(1 / row.ratio)
+        bars = axes.barh(places, values, height, label=provider)
+        axes.bar_label(bars, [f" {value:.2g}x" for value in values], fontsize=6)
+    axes.set_yticks([p + 0.4 - height / 2 for p in range(len(groups))], list(groups), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=2 ** math.ceil(math.log2(axes.get_xlim()[1]) + 0.5))
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel(f"times as fast as torch {BASELINE}")
+    axes.legend(loc="upper right")
+    axes.set_title(caption, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

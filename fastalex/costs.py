@@ -1,0 +1,197 @@
+"""What each operator must cost at least: bytes to and from memory, and floating-point operations.
+
+One function per operator of ``torch.ops.fastalex``, taking the operator's own arguments. Only
+shapes and dtypes are read, so meta tensors do. Bytes are compulsory traffic: every input read once,
+every result written once, the state saved for the backward pass included. A power counts as one
+operation, as does a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastalex._geometry import offsets_dtype, pooled_size
+
+Ints = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _pooled(
+    input: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
+) -> int:
+    """Outputs of a pool."""
+    height, width = (
+        pooled_size(input.shape[d + 2], kernel[d], stride[d], padding[d], dilation[d], ceil_mode)
+        for d in (0, 1)
+    )
+    return input.shape[0] * input.shape[1] * height * width
+
+
+def lrn(input: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Cost:
+    """bytes = x + y; flops = elements * (size + 4).
+
+    A square, size - 1 additions, the scale and k, the power, the product.
+    """
+    return Cost(2 * _bytes(input), input.numel() * (size + 4))
+
+
+def lrn_backward(
+    grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> Cost:
+    """bytes = g + x + gx; flops = elements * (2 size + 10).
+
+    s again (size + 2), its power, g s^-beta, times x / s (2), size - 1 additions, and the last
+    product, scaling and difference (4).
+    """
+    return Cost(_bytes(grad) + 2 * _bytes(input), input.numel() * (2 * size + 10))
+
+
+def max_pool(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    save_offsets: bool,
+) -> Cost:
+    """bytes = x + y + one offset an output if saved; flops = outputs * (KH KW - 1)."""
+    outputs = _pooled(input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = kernel_size[0] * kernel_size[1]
+    saved = offsets_dtype(kernel_size).itemsize if save_offsets else 0
+    moved = _bytes(input) + outputs * (input.element_size() + saved)
+    return Cost(moved, outputs * (window - 1))
+
+
+def max_pool_backward(
+    grad: Tensor,
+    offsets: Tensor,
+    input_size: Ints,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+) -> Cost:
+    """bytes = g + offsets + gx; flops = outputs: each gradient is added once."""
+    elements = grad.shape[0] * grad.shape[1] * input_size[0] * input_size[1]
+    return Cost(_bytes(grad, offsets) + elements * grad.element_size(), grad.numel())
+
+
+def lrn_max_pool(
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    ceil_mode: bool,
+    save_offsets: bool,
+) -> Cost:
+    """bytes = x + y + one offset an output if saved; flops = those of lrn and of max_pool."""
+    pool = max_pool(input, kernel_size, stride, padding, (1, 1), ceil_mode, save_offsets)
+    return Cost(pool.bytes, pool.flops + lrn(input, size, scale, beta, k, groups).flops)
+
+
+def lrn_max_pool_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+) -> Cost:
+    """bytes = g + x + offsets + gx; flops = those of lrn_backward and of max_pool_backward."""
+    norm = lrn_backward(input, input, size, scale, beta, k, groups)
+    return Cost(_bytes(grad, offsets) + 2 * _bytes(input), norm.flops + grad.numel())
+
+
+def _convolved(
+    input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> tuple[int, int]:
+    """Outputs of a convolution and the multiply-adds of one."""
+    outputs = input.shape[0] * weight.shape[0]
+    for d in (0, 1):
+        reach = dilation[d] * (weight.shape[d + 2] - 1) + 1
+        outputs *= (input.shape[d + 2] + 2 * padding[d] - reach) // stride[d] + 1
+    return outputs, weight[0].numel()
+
+
+def conv_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> Cost:
+    """bytes = x + w + b + y; flops = outputs * (2 C/groups R S + 2), by direct convolution.
+
+    Winograd's algorithm needs fewer, so a good kernel can exceed this roof.
+    """
+    outputs, depth = _convolved(input, weight, stride, padding, dilation)
+    moved = _bytes(input, weight, bias) + outputs * input.element_size()
+    return Cost(moved, outputs * (2 * depth + 1 + (bias is not None)))
+
+
+def conv_relu_backward(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Cost:
+    """bytes = g + y + x + w + the gradients asked for; flops = outputs * (1 + 2 C/groups R S each).
+
+    The mask is one operation an output, the bias gradient one more.
+    """
+    outputs, depth = _convolved(input, weight, stride, padding, dilation)
+    wants_input, wants_weight, wants_bias = output_mask
+    moved = _bytes(grad, output, input, weight)
+    moved += wants_input * _bytes(input) + wants_weight * _bytes(weight)
+    moved += wants_bias * weight.shape[0] * weight.element_size()
+    flops = 1 + 2 * depth * (wants_input + wants_weight) + wants_bias
+    return Cost(moved, outputs * flops)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
+    """A fully connected layer (torch's): bytes = x + w + b + y; flops = 2 N I O + N O."""
+    outputs = input.shape[0] * weight.shape[0]
+    moved = _bytes(input, weight, bias) + outputs * input.element_size()
+    return Cost(moved, outputs * (2 * weight.shape[1] + (bias is not None)))
+
+
+def sgd_step(parameters: Sequence[Any], item: int = 4) -> Cost:
+    """SGD with momentum: weight, gradient, velocity read, two of them written; 4 flops each."""
+    elements = sum(parameter.numel() for parameter in parameters)
+    return Cost(5 * item * elements, 4 * elements)
