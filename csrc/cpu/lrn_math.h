@@ -21,6 +21,16 @@ inline F32 estimated_rsqrt(F32 s) {
 #endif
 }
 
+// Whether every lane is a positive normal number: what the estimates are good for.
+inline bool all_positive_normal(F32 s) {
+#if defined(__AVX512DQ__)
+  constexpr int kEveryOtherClass = 0xff;  // NaN, zero, infinite, subnormal or negative
+  return _mm512_fpclass_ps_mask((__m512)s, kEveryOtherClass) == 0;
+#else
+  return all((s >= FLT_MIN) & (s <= FLT_MAX));
+#endif
+}
+
 // s^-3/4 for normal s, without a root or a division. The hardware's estimates give p within 2^-10;
 // with e = 1 - s^3 p^4, s^-3/4 = p (1 - e)^-1/4 = p (1 + e/4 + 5/32 e^2 + ...), whose next term is
 // below 2^-27. Worst error 2.25 * 2^-24: five roundings inside e count a quarter each, the last one
@@ -38,7 +48,7 @@ template <class A>
 inline Vec<A> inverse_three_quarter_power(Vec<A> s) {
 #if defined(__AVX2__)
   if constexpr (sizeof(A) == 4) {
-    if (__builtin_expect(all((s >= FLT_MIN) & (s <= FLT_MAX)), 1)) {
+    if (__builtin_expect(all_positive_normal(s), 1)) {
       return fast_inverse_three_quarter_power(s);
     }
   }
@@ -74,6 +84,9 @@ struct LrnWindow {
         after(std::min(p.size - 1 - p.size / 2, std::max<int64_t>(group_channels - 1, 0))) {}
 
   int64_t size() const { return before + after + 1; }
+
+  // k + scale * sum of squares
+  Vec<A> base(Vec<A> sum) const { return fused_multiply_add(broadcast(scale), sum, broadcast(k)); }
 };
 
 // The sum of `size` vectors that start one element apart.

@@ -79,7 +79,7 @@ class PixelNormalizer final : public LrnForward<S> {
       for (int64_t c = 0; c < window_.group_channels; c += kWidth) {
         const int64_t left = window_.group_channels - c;
         const Vec<A> sum = window_sum(in + c, window_.size());
-        const Vec<A> s = fused_multiply_add(broadcast(window_.scale), sum, broadcast(window_.k));
+        const Vec<A> s = window_.base(sum);
         store_up_to(y + c, load_up_to(x + c, left) * inverse_power<kBeta>(s, window_.beta), left);
       }
       x += window_.group_channels;
@@ -131,7 +131,7 @@ class PixelGradient final : public LrnBackward<S, G> {
       for (int64_t c = 0; c < window_.group_channels; c += kWidth) {
         const int64_t left = window_.group_channels - c;
         const Vec<A> sum = window_sum(in + c, window_.size());
-        const Vec<A> s = fused_multiply_add(broadcast(window_.scale), sum, broadcast(window_.k));
+        const Vec<A> s = window_.base(sum);
         const Vec<A> own = load_up_to(g + c, left) * inverse_power<kBeta>(s, window_.beta);
         store(direct + c, own);
         // Lanes past the group must stay zero even where k = 0 makes 1/s infinite there.

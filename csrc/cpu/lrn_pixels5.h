@@ -6,6 +6,9 @@
 
 namespace fastalex::cpu::FASTALEX_ISA {
 
+// Elements between a load and its prefetch: a few pixels, far enough for the next level of cache.
+inline constexpr int64_t kAhead = 1024;
+
 // Sums of two neighbours on either side and the lane itself, across three adjacent vectors.
 template <class V>
 inline V sum_of_five(V previous, V current, V next) {
@@ -23,26 +26,27 @@ class PixelNormalizer5 final : public LrnForward<S> {
   PixelNormalizer5(const LrnParams& params, int64_t channels) : window_(params, channels) {}
 
   void run(const S* x, int64_t x_stride, S* y, int64_t y_stride, int64_t pixels) override {
+    const LrnWindow<A> window = window_;  // a copy that no store through y can alias
     for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t group = 0; group < window_.groups; ++group) {
-        const int64_t first = group * window_.group_channels;
-        normalize(x + p * x_stride + first, y + p * y_stride + first);
+      for (int64_t group = 0; group < window.groups; ++group) {
+        const int64_t first = group * window.group_channels;
+        normalize(window, x + p * x_stride + first, y + p * y_stride + first);
       }
     }
   }
 
  private:
-  void normalize(const S* x, S* y) const {
-    const int64_t channels = window_.group_channels;
+  static void normalize(const LrnWindow<A>& window, const S* x, S* y) {
+    const int64_t channels = window.group_channels;
     Vec<A> value = load_up_to(x, channels);
     Vec<A> before{}, square = value * value;
     for (int64_t c = 0; c < channels; c += kWidth) {
       const int64_t left = channels - c;
       const Vec<A> next = left > kWidth ? load_up_to(x + c + kWidth, left - kWidth) : Vec<A>{};
       const Vec<A> after = next * next;
-      const Vec<A> s = fused_multiply_add(broadcast(window_.scale),
-                                          sum_of_five(before, square, after), broadcast(window_.k));
-      store_up_to(y + c, value * inverse_power<kBeta>(s, window_.beta), left);
+      const Vec<A> s = window.base(sum_of_five(before, square, after));
+      store_up_to(y + c, value * inverse_power<kBeta>(s, window.beta), left);
+      __builtin_prefetch(x + c + kAhead);
       before = square;
       square = after;
       value = next;
@@ -60,15 +64,15 @@ class PixelGradient5 final : public LrnBackward<S, G> {
   static constexpr int64_t kWidth = kLanes<A>;
 
  public:
-  PixelGradient5(const LrnParams& params, int64_t channels)
-      : window_(params, channels), coefficient_(A(-2) * window_.scale * window_.beta) {}
+  PixelGradient5(const LrnParams& params, int64_t channels) : window_(params, channels) {}
 
   void run(const G* g, int64_t g_stride, const S* x, int64_t x_stride, S* gx, int64_t gx_stride,
            int64_t pixels) override {
+    const LrnWindow<A> window = window_;  // a copy that no store through gx can alias
     for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t group = 0; group < window_.groups; ++group) {
-        const int64_t first = group * window_.group_channels;
-        differentiate(g + p * g_stride + first, x + p * x_stride + first,
+      for (int64_t group = 0; group < window.groups; ++group) {
+        const int64_t first = group * window.group_channels;
+        differentiate(window, g + p * g_stride + first, x + p * x_stride + first,
                       gx + p * gx_stride + first);
       }
     }
@@ -81,49 +85,49 @@ class PixelGradient5 final : public LrnBackward<S, G> {
     Vec<A> x{}, direct{}, product{};
   };
 
-  Terms terms(const G* g, Vec<A> x, Vec<A> before, Vec<A> square, Vec<A> after,
-              int64_t left) const {
-    const Vec<A> s = fused_multiply_add(broadcast(window_.scale),
-                                        sum_of_five(before, square, after), broadcast(window_.k));
-    const Vec<A> direct = load_up_to(g, left) * inverse_power<kBeta>(s, window_.beta);
+  static Terms terms(const LrnWindow<A>& window, const G* g, Vec<A> x, Vec<A> before, Vec<A> square,
+                     Vec<A> after, int64_t left) {
+    const Vec<A> s = window.base(sum_of_five(before, square, after));
+    const Vec<A> direct = load_up_to(g, left) * inverse_power<kBeta>(s, window.beta);
     const Vec<A> product = direct * x / s;
     // Lanes past the group must add nothing, even where k = 0 makes 1/s infinite there.
     return {x, direct, left < kWidth ? keep_first<A>(product, left) : product};
   }
 
-  Vec<A> load_at(const S* x, int64_t c) const {
-    const int64_t left = window_.group_channels - c;
+  static Vec<A> load_at(const LrnWindow<A>& window, const S* x, int64_t c) {
+    const int64_t left = window.group_channels - c;
     return left > 0 ? load_up_to(x + c, left) : Vec<A>{};
   }
 
-  void differentiate(const G* g, const S* x, S* gx) const {
-    const int64_t channels = window_.group_channels;
-    Vec<A> x_next = load_at(x, kWidth);
-    const Vec<A> x_first = load_at(x, 0);
+  static void differentiate(const LrnWindow<A>& window, const G* g, const S* x, S* gx) {
+    const int64_t channels = window.group_channels;
+    const Vec<A> coefficient = broadcast(A(-2) * window.scale * window.beta);
+    Vec<A> x_next = load_at(window, x, kWidth);
+    const Vec<A> x_first = load_at(window, x, 0);
     Vec<A> square = x_first * x_first, square_next = x_next * x_next;
-    Terms before, current = terms(g, x_first, Vec<A>{}, square, square_next, channels);
+    Terms before, current = terms(window, g, x_first, Vec<A>{}, square, square_next, channels);
     for (int64_t c = 0; c < channels; c += kWidth) {
       Terms next;
       if (channels - c > kWidth) {
-        const Vec<A> x_ahead = load_at(x, c + 2 * kWidth);
+        const Vec<A> x_ahead = load_at(window, x, c + 2 * kWidth);
         const Vec<A> square_ahead = x_ahead * x_ahead;
-        next =
-            terms(g + c + kWidth, x_next, square, square_next, square_ahead, channels - c - kWidth);
+        next = terms(window, g + c + kWidth, x_next, square, square_next, square_ahead,
+                     channels - c - kWidth);
         square = square_next;
         square_next = square_ahead;
         x_next = x_ahead;
       }
       const Vec<A> shared = sum_of_five(before.product, current.product, next.product);
-      const Vec<A> gradient =
-          fused_multiply_add(broadcast(coefficient_) * current.x, shared, current.direct);
+      const Vec<A> gradient = fused_multiply_add(coefficient * current.x, shared, current.direct);
       store_up_to(gx + c, gradient, channels - c);
+      __builtin_prefetch(x + c + kAhead);
+      __builtin_prefetch(g + c + kAhead);
       before = current;
       current = next;
     }
   }
 
   LrnWindow<A> window_;
-  A coefficient_;
 };
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

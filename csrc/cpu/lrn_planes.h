@@ -94,8 +94,7 @@ class PlaneNormalizer final : public LrnForward<S> {
 
   void scale_row(const S* x, S* y, int64_t count) {
     for (int64_t i = 0; i < count; i += kWidth) {
-      const Vec<A> s =
-          fused_multiply_add(broadcast(window_.scale), rows_.sum(i), broadcast(window_.k));
+      const Vec<A> s = window_.base(rows_.sum(i));
       store_up_to(y + i, load_up_to(x + i, count - i) * inverse_power<kBeta>(s, window_.beta),
                   count - i);
     }
@@ -156,8 +155,7 @@ class PlaneGradient final : public LrnBackward<S, G> {
     A* product = products_.row(channel);
     A* direct = direct_.row(channel);
     for (int64_t i = 0; i < count; i += kWidth) {
-      const Vec<A> s =
-          fused_multiply_add(broadcast(window_.scale), rows_.sum(i), broadcast(window_.k));
+      const Vec<A> s = window_.base(rows_.sum(i));
       const Vec<A> own = load_up_to(g + i, count - i) * inverse_power<kBeta>(s, window_.beta);
       store(direct + i, own);
       store(product + i, own * load_up_to(x + i, count - i) / s);

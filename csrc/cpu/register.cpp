@@ -28,7 +28,8 @@ PoolParams checked(const PoolParams& pool) {
                   "fastalex: padding is at most half the kernel");
   constexpr int64_t kLimit = int64_t{1} << 31;  // products of two then fit 64 bits
   STD_TORCH_CHECK(pool.kernel_h < kLimit && pool.kernel_w < kLimit && pool.stride_h < kLimit &&
-                      pool.stride_w < kLimit && pool.dilation_h < kLimit && pool.dilation_w < kLimit,
+                      pool.stride_w < kLimit && pool.dilation_h < kLimit &&
+                      pool.dilation_w < kLimit,
                   "fastalex: pooling takes kernel, stride and dilation below 2^31");
   return pool;
 }
