@@ -37,9 +37,9 @@ void* conv_plan(int isa, int pass, int threads, int engine, int tile, int dtype,
   p.precision = static_cast<conv::Precision>(precision);
   p.relu = relu != 0;
   p.batch = sizes[0];
-  int* const fields[] = {&p.groups,         &p.in_channels,     &p.in_height,     &p.in_width,
-                         &p.out_channels,   &p.kernel_height,   &p.kernel_width,  &p.stride_height,
-                         &p.stride_width,   &p.padding_height,  &p.padding_width, &p.dilation_height,
+  int* const fields[] = {&p.groups,        &p.in_channels,    &p.in_height,     &p.in_width,
+                         &p.out_channels,  &p.kernel_height,  &p.kernel_width,  &p.stride_height,
+                         &p.stride_width,  &p.padding_height, &p.padding_width, &p.dilation_height,
                          &p.dilation_width};
   for (int i = 0; i < 13; ++i) *fields[i] = sizes[i + 1];
   return new conv::Plan(kernels_of(isa), p, static_cast<conv::Pass>(pass), threads,
@@ -50,9 +50,7 @@ void conv_free(void* plan) { delete static_cast<conv::Plan*>(plan); }
 size_t conv_packed_bytes(void* plan) { return static_cast<conv::Plan*>(plan)->packed_bytes(); }
 size_t conv_scratch_bytes(void* plan) { return static_cast<conv::Plan*>(plan)->scratch_bytes(); }
 double conv_predicted(void* plan) { return static_cast<conv::Plan*>(plan)->predicted_seconds(); }
-int conv_engine(void* plan) {
-  return static_cast<int>(static_cast<conv::Plan*>(plan)->engine());
-}
+int conv_engine(void* plan) { return static_cast<int>(static_cast<conv::Plan*>(plan)->engine()); }
 void conv_explain(void* plan, char* text, size_t size) {
   std::strncpy(text, static_cast<conv::Plan*>(plan)->explain().c_str(), size - 1);
 }
@@ -73,10 +71,9 @@ double conv_pack(void* plan, const void* weight, const int64_t* strides, void* p
   return seconds_since(start);
 }
 
-double conv_forward(void* plan, const void* input, const int64_t* input_strides,
-                    const void* weight, const int64_t* weight_strides, const void* bias,
-                    const void* packed, void* output, const int64_t* output_strides,
-                    void* scratch) {
+double conv_forward(void* plan, const void* input, const int64_t* input_strides, const void* weight,
+                    const int64_t* weight_strides, const void* bias, const void* packed,
+                    void* output, const int64_t* output_strides, void* scratch) {
   const auto start = std::chrono::steady_clock::now();
   static_cast<conv::Plan*>(plan)->forward({{input, strides_of(input_strides)},
                                            {weight, strides_of(weight_strides)},
@@ -98,6 +95,20 @@ double conv_input_gradient(void* plan, const void* gradient, const int64_t* grad
                                                   packed,
                                                   {result, strides_of(result_strides)},
                                                   scratch});
+  return seconds_since(start);
+}
+
+double conv_weight_gradient(void* plan, const void* gradient, const int64_t* gradient_strides,
+                            const void* output, const int64_t* output_strides, const void* input,
+                            const int64_t* input_strides, void* result,
+                            const int64_t* result_strides, void* bias_gradient, void* scratch) {
+  const auto start = std::chrono::steady_clock::now();
+  static_cast<conv::Plan*>(plan)->weight_gradient({{gradient, strides_of(gradient_strides)},
+                                                   {output, strides_of(output_strides)},
+                                                   {input, strides_of(input_strides)},
+                                                   {result, strides_of(result_strides)},
+                                                   bias_gradient,
+                                                   scratch});
   return seconds_since(start);
 }
 

@@ -83,6 +83,7 @@ def library() -> ctypes.CDLL:
         "conv_pack": (ctypes.c_double, [pointer] * 4),
         "conv_forward": (ctypes.c_double, [pointer] * 10),
         "conv_input_gradient": (ctypes.c_double, [pointer] * 11),
+        "conv_weight_gradient": (ctypes.c_double, [pointer] * 11),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -228,4 +229,20 @@ class Plan:
             *(_pointer(grad), _strides(grad), _pointer(output), _strides(mask)),
             *(_pointer(weight), _strides(weight), self.packed),
             *(_pointer(out), _strides(out), self.scratch),
+        )
+
+    def weight_gradient(
+        self,
+        grad: torch.Tensor,
+        output: torch.Tensor | None,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> float:
+        mask = grad if output is None else output
+        return library().conv_weight_gradient(
+            self.handle,
+            *(_pointer(grad), _strides(grad), _pointer(output), _strides(mask)),
+            *(_pointer(x), _strides(x), _pointer(out), _strides(out)),
+            *(_pointer(bias), self.scratch),
         )

@@ -25,7 +25,8 @@ class Pool {
   int threads() const { return threads_; }
 
   void run(int64_t count, int64_t grain, RangeBody body, void* context) {
-    const int64_t ranges = std::min<int64_t>(threads_, (count + grain - 1) / std::max<int64_t>(1, grain));
+    const int64_t ranges =
+        std::min<int64_t>(threads_, (count + grain - 1) / std::max<int64_t>(1, grain));
     if (ranges <= 1) {
       if (count > 0) body(0, count, context);
       return;

@@ -6,9 +6,9 @@
 namespace fastalex::cpu::conv {
 namespace {
 
-constexpr int64_t kPrivateBytes = 768 << 10;   // V of one worker's block: most of an L2
-constexpr int64_t kSharedBytes = 14 << 20;     // V of all workers: under half of a last-level cache
-constexpr int64_t kLargeWeights = 4 << 20;     // beyond this, read each weight once
+// V of one worker's block, most of an L2 and some beyond; V of a strip, which shares L2 with its
+// products; V of all workers, under half of a last-level cache.
+constexpr int64_t kPrivateBytes = 1536 << 10, kStripBytes = 384 << 10, kSharedBytes = 14 << 20;
 
 int64_t transformed_bytes(const WinogradChoice& choice, const Geometry& g, int64_t images,
                           int rows) {
@@ -16,21 +16,21 @@ int64_t transformed_bytes(const WinogradChoice& choice, const Geometry& g, int64
   return 4 * PointLayout(choice, block, int64_t{channel_blocks(g)} * kBlock).total();
 }
 
+// Whole images while they fit; else strips of tile rows.
 void block_private(WinogradChoice& choice, const Geometry& g, int threads) {
   choice.schedule = Schedule::kPrivate;
   const int rows = choice.rows.tiles();
   const int64_t image_bytes = transformed_bytes(choice, g, 1, rows);
   const int64_t jobs_wanted = 2 * threads;
-  if (image_bytes <= kPrivateBytes && g.images * g.groups >= jobs_wanted) {
-    const int64_t fitting = std::max<int64_t>(1, kPrivateBytes / image_bytes);
-    const int64_t even = std::max<int64_t>(1, g.images * g.groups / jobs_wanted);
-    choice.images_per_block = std::min({fitting, even, g.images});
+  const int64_t even = g.images * g.groups / jobs_wanted;
+  if (image_bytes <= kPrivateBytes / 2 && even >= 1) {
+    const int64_t fitting = std::min({kPrivateBytes / image_bytes, even, g.images});
+    choice.images_per_block = ceil_div(g.images, ceil_div(g.images, fitting));
     choice.rows_per_block = rows;
     return;
   }
   choice.images_per_block = 1;
-  const int64_t row_bytes = std::max<int64_t>(1, image_bytes / rows);
-  const int64_t fitting = std::clamp<int64_t>(kPrivateBytes / row_bytes, 1, rows);
+  const int64_t fitting = std::clamp<int64_t>(kStripBytes * rows / image_bytes, 1, rows);
   const int64_t strips =
       std::max(ceil_div(rows, fitting), ceil_div(jobs_wanted, g.images * g.groups));
   choice.rows_per_block = static_cast<int>(ceil_div(rows, std::min<int64_t>(strips, rows)));
@@ -44,6 +44,22 @@ void block_shared(WinogradChoice& choice, const Geometry& g) {
   choice.images_per_block = ceil_div(g.images, ceil_div(g.images, fitting));
 }
 
+// Bytes that pass through the last-level cache: weights once per block under the private schedule,
+// V once per panel of filters under the shared one.
+double private_traffic(const WinogradChoice& choice, const Geometry& g, double weight_bytes) {
+  const double blocks = static_cast<double>(ceil_div(g.images, choice.images_per_block)) *
+                        static_cast<double>(ceil_div(choice.rows.tiles(), choice.rows_per_block));
+  return g.groups * blocks * weight_bytes;
+}
+
+double shared_traffic(const WinogradChoice& choice, const Geometry& g, double weight_bytes,
+                      int panels) {
+  const double blocks = static_cast<double>(ceil_div(g.images, choice.images_per_block));
+  const double v =
+      static_cast<double>(g.images) * transformed_bytes(choice, g, 1, choice.rows.tiles());
+  return g.groups * (blocks * weight_bytes + (panels + 2) * v);
+}
+
 }  // namespace
 
 void block_winograd(const ConvKernels& kernels, Part& part, int threads) {
@@ -52,12 +68,12 @@ void block_winograd(const ConvKernels& kernels, Part& part, int threads) {
   const Panels panels{g.filters, kernels.lanes};
   const int points = choice.kernels->points;
   const int64_t weight_bytes = int64_t{4} * points * points * g.channels * panels.padded();
-  const int64_t image_bytes = transformed_bytes(choice, g, 1, choice.rows.tiles());
-  // Weights too large for a cache are worth one pass over them, if whole images can share V.
-  if (weight_bytes > kLargeWeights && g.groups * image_bytes <= kSharedBytes) {
-    block_shared(choice, g);
-  } else {
-    block_private(choice, g, threads);
+  WinogradChoice shared = choice;
+  block_private(choice, g, threads);
+  block_shared(shared, g);
+  const double bytes = static_cast<double>(weight_bytes);
+  if (shared_traffic(shared, g, bytes, panels.count()) < private_traffic(choice, g, bytes)) {
+    choice = shared;
   }
   part.packed_bytes = align_up(weight_bytes * g.groups);
   part.scratch_bytes = winograd_scratch_bytes(kernels, part, threads);

@@ -23,7 +23,8 @@ namespace fastalex::cpu::conv {
 
 enum class Pass : int { kForward, kInputGradient, kWeightGradient };
 
-// kHighest: direct only. kHigh: Winograd tiles within 1e-5 of float64 (relative, norm). kMedium: all.
+// kHighest: direct only. kHigh: Winograd tiles within 1e-5 of float64 (relative, norm). kMedium:
+// all.
 enum class Precision : int { kHighest, kHigh, kMedium };
 
 enum class Engine : int { kAuto, kDirect, kWinograd };

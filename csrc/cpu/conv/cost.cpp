@@ -11,8 +11,8 @@ namespace {
 
 // Rates of a core per float lane; ratios between engines matter, not the absolute values.
 constexpr double kClock = 3.5e9;
-constexpr double kFlopsPerLane = 4.0 * kClock;     // two fused multiply-adds a cycle
-constexpr double kSharedBytes = 16e9;              // last-level cache or memory, per core
+constexpr double kFlopsPerLane = 4.0 * kClock;  // two fused multiply-adds a cycle
+constexpr double kSharedBytes = 16e9;           // last-level cache or memory, per core
 constexpr double kProductEfficiency = 0.88;
 
 // A register block with few rows leaves multipliers idle while it waits for its own sums.
@@ -35,10 +35,12 @@ double winograd_seconds(const ConvKernels& kernels, const Part& part, int thread
   const WinogradChoice& w = part.winograd;
   const Panels panels{g.filters, kernels.lanes};
   const int points = w.kernels->points, big = w.kernels->big;
-  const auto covered = [&](const Cover& c) { return double(c.big) * points + double(c.small) * (points - 1); };
+  const auto covered = [&](const Cover& c) {
+    return double(c.big) * points + double(c.small) * (points - 1);
+  };
   const double transformed = covered(w.rows) * covered(w.columns) * g.images * g.groups;
-  const double block_rows = static_cast<double>(w.images_per_block) * w.rows_per_block *
-                            w.columns.tiles();
+  const double block_rows =
+      static_cast<double>(w.images_per_block) * w.rows_per_block * w.columns.tiles();
   const double blocks = transformed / (block_rows * points * points);
   const int vectors = panels.filters > kernels.lanes ? 2 : 1;
   const double multiply = product_seconds(kernels, block_rows, g.channels, panels.padded(),
@@ -61,8 +63,8 @@ double direct_seconds(const ConvKernels& kernels, const Part& part, int threads)
   const Panels panels{g.filters, kernels.lanes};
   const int vectors = panels.filters > kernels.lanes ? 2 : 1;
   const double outputs = static_cast<double>(g.images) * g.groups * g.out_height;
-  const double multiply = product_seconds(kernels, g.out_width, g.terms(), panels.padded(), outputs,
-                                          vectors);
+  const double multiply =
+      product_seconds(kernels, g.out_width, g.terms(), panels.padded(), outputs, vectors);
   const double stores = outputs * g.out_width * panels.padded() / kernels.lanes * 3.0 / kClock;
   return (multiply + stores) / threads + 3e-6;
 }

@@ -3,25 +3,13 @@
 #include <vector>
 
 #include "arena.h"
+#include "bands.h"
 #include "panels.h"
-#include "source.h"
 #include "target.h"
 #include "workers.h"
 
 namespace fastalex::cpu::conv {
 namespace {
-
-// Rows and columns of input that `count` outputs of one dimension read.
-int span(int count, int stride, int taps, int dilation) {
-  return (count - 1) * stride + (taps - 1) * dilation + 1;
-}
-
-// No tap of any output falls outside the input.
-bool covered(const Geometry& g) {
-  return g.offset_h <= 0 && g.offset_w <= 0 &&
-         span(g.out_height, g.stride_h, g.kernel_h, g.dilation_h) - g.offset_h <= g.height &&
-         span(g.out_width, g.stride_w, g.kernel_w, g.dilation_w) - g.offset_w <= g.width;
-}
 
 bool pointwise(const Geometry& g) {
   return g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
@@ -34,8 +22,7 @@ bool one_row(const Strides& s, const Geometry& g) {
 }
 
 int64_t band_pixels(const Geometry& g, int rows) {
-  return int64_t{span(rows, g.stride_h, g.kernel_h, g.dilation_h)} *
-         span(g.out_width, g.stride_w, g.kernel_w, g.dilation_w);
+  return int64_t{band_height(g, rows)} * band_width(g);
 }
 
 int64_t staged_pixels(const Part& part) {
@@ -97,8 +84,7 @@ std::vector<TermPass> term_passes(const Geometry& g, int limit, ptrdiff_t row_st
   const int length = merged ? g.kernel_w * g.channels : g.channels;
   for (int ky = 0; ky < g.kernel_h; ++ky) {
     for (int run = 0; run < runs; ++run) {
-      const ptrdiff_t base =
-          ky * g.dilation_h * row_stride + run * g.dilation_w * pixel_stride;
+      const ptrdiff_t base = ky * g.dilation_h * row_stride + run * g.dilation_w * pixel_stride;
       for (int done = 0; done < length;) {
         if (room == 0) {
           passes.emplace_back().first_term = term;
@@ -123,7 +109,7 @@ class DirectRun {
         operands_(operands),
         geometry_(part.geometry),
         panels_{part.geometry.filters, kernels.lanes},
-        source_(kernels, part, operands.dtype, operands.input, operands.mask),
+        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
         target_(kernels, part, operands.dtype, operands.output),
         memory_(part, panels_, operands.scratch, operands.threads) {
     read_bias(panels_, geometry_.groups, operands.dtype, operands.bias, memory_.bias);
@@ -134,7 +120,7 @@ class DirectRun {
                     geometry_);
     const ptrdiff_t band_pixel = geometry_.channels;
     pixel_stride_ = in_place_ ? source_.pixel_stride() : band_pixel;
-    row_stride_ = in_place_ ? source_.row_stride() : band_pixel * band_width();
+    row_stride_ = in_place_ ? source_.row_stride() : band_pixel * band_width(geometry_);
     passes_ = term_passes(geometry_, part.direct.terms_per_pass, row_stride_, pixel_stride_);
   }
 
@@ -163,32 +149,6 @@ class DirectRun {
 
  private:
   int64_t pixels() const { return geometry_.images * geometry_.height * geometry_.width; }
-  int band_width() const {
-    return span(geometry_.out_width, geometry_.stride_w, geometry_.kernel_w, geometry_.dilation_w);
-  }
-
-  // Copies the input rows of a band into scratch, with zeros where it lies outside.
-  void fill_band(int64_t image, int group, int first_y, int rows, float* band) const {
-    const Geometry& g = geometry_;
-    const int width = band_width();
-    const int begin = std::clamp(g.offset_w, 0, width);
-    const int end = std::clamp(g.width + g.offset_w, begin, width);
-    const int64_t row_floats = int64_t{width} * g.channels;
-    for (int i = 0; i < rows; ++i, band += row_floats) {
-      const int y = first_y + i;
-      if (y < 0 || y >= g.height) {
-        std::fill_n(band, row_floats, 0.0f);
-        continue;
-      }
-      std::fill_n(band, int64_t{begin} * g.channels, 0.0f);
-      if (end > begin) {
-        source_.read_pixels(image, group, y, begin - g.offset_w, end - g.offset_w,
-                            band + int64_t{begin} * g.channels);
-      }
-      std::fill(band + int64_t{end} * g.channels, band + row_floats, 0.0f);
-    }
-  }
-
   void run_band(int group, int64_t image, int band, int first_panel, int last_panel,
                 const Memory::Worker& w) const {
     const Geometry& g = geometry_;
@@ -199,7 +159,7 @@ class DirectRun {
     if (in_place_) {
       a = source_.pixel(image, group, first_y) - g.offset_w * pixel_stride_;
     } else {
-      fill_band(image, group, first_y, span(rows, g.stride_h, g.kernel_h, g.dilation_h), w.band);
+      fill_band(source_, g, image, group, first_y, band_height(g, rows), w.band);
       a = w.band;
     }
     for (int panel = first_panel; panel < last_panel; ++panel) {
@@ -263,7 +223,8 @@ class DirectRun {
     call.rows = rows;
     call.segments = passes_[pass].segments.data();
     call.segment_count = static_cast<int>(passes_[pass].segments.size());
-    call.b = operands_.packed + padded_before * geometry_.terms() + passes_[pass].first_term * width;
+    call.b =
+        operands_.packed + padded_before * geometry_.terms() + passes_[pass].first_term * width;
     call.vectors = panels_.vectors(panel);
     call.c = c;
     call.c_stride = c_stride;
@@ -306,8 +267,8 @@ void block_direct(const ConvKernels& kernels, Part& part, int threads) {
          band_pixels(g, static_cast<int>(rows + 1)) * g.channels * 4 <= kBandBytes) {
     ++rows;
   }
-  rows = std::max(rows, std::min<int64_t>(row_limit, ceil_div(kMinBandPixels,
-                                                             std::max(1, g.out_width))));
+  rows = std::max(rows,
+                  std::min<int64_t>(row_limit, ceil_div(kMinBandPixels, std::max(1, g.out_width))));
   choice.rows_per_band = static_cast<int>(rows);
   const int64_t pixels = g.images * g.out_height * g.out_width;
   choice.pixels_per_band = std::clamp<int64_t>(

@@ -27,8 +27,8 @@ struct TapRange {
 };
 
 // Where the engine's weight (group, filter, channel, ky, kx) lies in the caller's tensor.
-// Input gradients read it transposed and flipped, one output phase at a time. Under fold s (space to
-// depth) channel = (dy * s + dx) * channels + c and tap = ky * s + dy.
+// Input gradients read it transposed and flipped, one output phase at a time. Under fold s (space
+// to depth) channel = (dy * s + dx) * channels + c and tap = ky * s + dy.
 struct WeightMap {
   bool transposed = false;
   TapRange rows, columns;

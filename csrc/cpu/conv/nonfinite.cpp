@@ -1,4 +1,5 @@
-// Tiles whose Winograd sums met NaN or infinity, recomputed directly so that only true results stay.
+// Tiles whose Winograd sums met NaN or infinity, recomputed directly so that only true results
+// stay.
 #include "nonfinite.h"
 
 #include <new>
@@ -57,8 +58,7 @@ float output_value(const Part& part, const Operands& operands, const Pixels& pix
       const int in_x = x * g.stride_w - g.offset_w + kx * g.dilation_w;
       if (!pixels.inside(in_y, in_x)) continue;
       for (int c = 0; c < g.channels; ++c) {
-        const int64_t at =
-            part.weights.offset(operands.weight.strides, group, filter, c, ky, kx);
+        const int64_t at = part.weights.offset(operands.weight.strides, group, filter, c, ky, kx);
         if (at < 0) continue;
         sum += pixels.read(image, group, c, in_y, in_x) *
                read_element(operands.weight.data, operands.dtype, at);

@@ -1,4 +1,5 @@
-// Tiles whose Winograd sums met NaN or infinity, recomputed directly so that only true results stay.
+// Tiles whose Winograd sums met NaN or infinity, recomputed directly so that only true results
+// stay.
 #pragma once
 #include <atomic>
 #include <mutex>

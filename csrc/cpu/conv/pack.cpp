@@ -15,10 +15,10 @@ void read_taps(const Part& part, DType dtype, const ConstTensor& weight, int gro
   for (int ky = 0; ky < g.kernel_h; ++ky) {
     for (int kx = 0; kx < g.kernel_w; ++kx, out += width) {
       const int64_t first = part.weights.offset(weight.strides, group, filter, channel, ky, kx);
-      const int64_t step =
-          part.weights.transposed ? weight.strides.c : weight.strides.n;
+      const int64_t step = part.weights.transposed ? weight.strides.c : weight.strides.n;
       for (int f = 0; f < width; ++f) {
-        out[f] = f < valid && first >= 0 ? read_element(weight.data, dtype, first + f * step) : 0.0f;
+        out[f] =
+            f < valid && first >= 0 ? read_element(weight.data, dtype, first + f * step) : 0.0f;
       }
     }
   }

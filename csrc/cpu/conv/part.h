@@ -13,9 +13,9 @@ inline constexpr size_t align_up(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// kPrivate: a worker transforms, multiplies and writes one block of tiles at a time; its inputs stay
-// in its L2. kShared: all workers transform a block of images, then share out the panels of filters;
-// each weight is read once.
+// kPrivate: a worker transforms, multiplies and writes one block of tiles at a time; its inputs
+// stay in its L2. kShared: all workers transform a block of images, then share out the panels of
+// filters; each weight is read once.
 enum class Schedule : int { kPrivate, kShared };
 
 struct WinogradChoice {
@@ -28,9 +28,10 @@ struct WinogradChoice {
 
 struct DirectChoice {
   int rows_per_band = 1;
-  int64_t pixels_per_band = 1;  // where all pixels form one row (1x1 kernels)
-  int terms_per_pass = 256;  // inner-product terms whose weights stay in L1
-  int filter_splits = 1;     // jobs per band, each with its share of the filters
+  int64_t pixels_per_band = 1;   // where all pixels form one row (1x1 kernels)
+  int terms_per_pass = 256;      // inner-product terms whose weights stay in L1
+  int filter_splits = 1;         // jobs per band, each with its share of the filters
+  int64_t images_per_block = 1;  // of a weight gradient: those prepared together
 };
 
 // Space to depth: engine pixel (y, x) gathers the caller's factor x factor pixels from
@@ -84,6 +85,9 @@ struct GradientOperands {
 // Fills in blocking, packed_bytes and scratch_bytes of a part whose geometry and engine are set.
 void block_winograd(const ConvKernels& kernels, Part& part, int threads);
 void block_direct(const ConvKernels& kernels, Part& part, int threads);
+// The same for a weight gradient; blocking does not depend on threads, so neither do the sums.
+void block_winograd_gradient(const ConvKernels& kernels, Part& part, int threads);
+void block_direct_gradient(const ConvKernels& kernels, Part& part, int threads);
 
 void pack_winograd(const ConvKernels& kernels, const Part& part, DType dtype,
                    const ConstTensor& weight, float* packed);

@@ -161,10 +161,11 @@ struct Request {
 };
 
 void finish(const Request& request, Part& part) {
+  const bool gradient = request.pass == Pass::kWeightGradient;
   if (part.engine == Engine::kWinograd) {
-    block_winograd(request.kernels, part, request.threads);
+    (gradient ? block_winograd_gradient : block_winograd)(request.kernels, part, request.threads);
   } else {
-    block_direct(request.kernels, part, request.threads);
+    (gradient ? block_direct_gradient : block_direct)(request.kernels, part, request.threads);
   }
   part.predicted_seconds = predict_seconds(request.kernels, part, request.threads);
 }
@@ -174,7 +175,8 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
   for (int big = kSmallestBig; big <= kLargestBig; ++big) {
     if (request.tile != 0 && request.tile != big) continue;
     const Geometry& g = base.geometry;
-    const bool strided = g.stride_h > 1 && g.stride_h == g.stride_w && request.pass != Pass::kInputGradient;
+    const bool strided =
+        g.stride_h > 1 && g.stride_h == g.stride_w && request.pass != Pass::kInputGradient;
     Part candidate = strided ? folded(base) : unfolded(base);
     candidate.engine = Engine::kWinograd;
     if (!winograd_fits(request.kernels, candidate, big)) continue;
@@ -185,7 +187,7 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
     const bool forced = request.engine == Engine::kWinograd && best.engine == Engine::kDirect;
     if (forced || candidate.predicted_seconds < best.predicted_seconds) {
       candidate.fallback = std::make_unique<Part>(unfolded(base));
-      block_direct(request.kernels, *candidate.fallback, request.threads);
+      finish(request, *candidate.fallback);
       best = std::move(candidate);
     }
   }
@@ -311,8 +313,7 @@ void Plan::pack(const ConstTensor& weight, void* packed) const {
 
 namespace {
 
-void run_part(const ConvKernels& kernels, const Part& part, Operands operands,
-              const void* packed) {
+void run_part(const ConvKernels& kernels, const Part& part, Operands operands, const void* packed) {
   operands.packed =
       reinterpret_cast<const float*>(static_cast<const char*>(packed) + part.packed_offset);
   if (part.engine == Engine::kWinograd) {
@@ -350,6 +351,24 @@ void Plan::input_gradient(const InputGradientCall& call) const {
   operands.scratch = static_cast<char*>(call.scratch);
   operands.threads = threads_;
   for (const Part& part : parts_) run_part(*kernels_, part, operands, call.packed);
+}
+
+void Plan::weight_gradient(const WeightGradientCall& call) const {
+  GradientOperands operands{};
+  operands.dtype = problem_.dtype;
+  operands.input = call.input;
+  operands.gradient = call.gradient;
+  operands.mask = call.output;
+  operands.weight_gradient = call.weight_gradient;
+  operands.bias_gradient = call.bias_gradient;
+  operands.scratch = static_cast<char*>(call.scratch);
+  operands.threads = threads_;
+  const Part& part = parts_.front();
+  if (part.engine == Engine::kWinograd) {
+    run_winograd_weight_gradient(*kernels_, part, operands);
+  } else {
+    run_direct_weight_gradient(*kernels_, part, operands);
+  }
 }
 
 }  // namespace fastalex::cpu::conv

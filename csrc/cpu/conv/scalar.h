@@ -32,6 +32,40 @@ inline float read_element(const void* data, DType dtype, int64_t index) {
                                    : half_to_float(bits);
 }
 
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Adding 0.5 aligns the last kept bit of a half subnormal with the float's and rounds it.
+    return static_cast<uint16_t>(sign | (bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+// Rounds to nearest even.
+inline void write_element(void* data, DType dtype, int64_t index, float value) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(data)[index] = value;
+  } else {
+    static_cast<uint16_t*>(data)[index] =
+        dtype == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_half(value);
+  }
+}
+
 inline const void* element_at(const void* data, DType dtype, int64_t index) {
   return static_cast<const char*>(data) + index * static_cast<int64_t>(element_size(dtype));
 }

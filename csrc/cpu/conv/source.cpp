@@ -29,10 +29,27 @@ void InputSource::gather(int64_t image, int64_t channel, int64_t y, int64_t x, i
   kernels_.gather(call);
 }
 
+Span InputSource::memory_of_rows(int64_t image, int group, int begin, int end) const {
+  const Fold& fold = fold_;
+  const Geometry& g = geometry_;
+  const bool folded = fold.factor > 1;
+  const int64_t height = folded ? fold.height : g.height;
+  const int64_t channels = folded ? fold.channels : g.channels;
+  const int64_t first =
+      std::clamp<int64_t>(int64_t{begin} * fold.factor - fold.offset_h, 0, height);
+  const int64_t last =
+      std::clamp<int64_t>(int64_t{end} * fold.factor - fold.offset_h, first, height);
+  const Strides& s = input_.strides;
+  if (s.c != 1 || s.w != channels) return {};
+  const void* data = element_at(input_.data, dtype_, image * s.n + group * channels + first * s.h);
+  return {static_cast<const char*>(data),
+          (last - first) * s.h * static_cast<int64_t>(element_size(dtype_))};
+}
+
 void InputSource::read_row(int64_t image, int group, int y, float* out, ptrdiff_t out_stride,
                            int padded_channels) const {
-  const Geometry& g = part_.geometry;
-  if (part_.fold.factor == 1) {
+  const Geometry& g = geometry_;
+  if (fold_.factor == 1) {
     gather(image, int64_t{group} * g.channels, y, 0, 1, g.width, g.channels, padded_channels, out,
            out_stride);
     return;
@@ -45,9 +62,9 @@ void InputSource::read_row(int64_t image, int group, int y, float* out, ptrdiff_
 
 void InputSource::read_folded_row(int64_t image, int group, int y, float* out,
                                   ptrdiff_t out_stride) const {
-  const Fold& fold = part_.fold;
+  const Fold& fold = fold_;
   const int s = fold.factor, channels = fold.channels;
-  const int64_t width = part_.geometry.width;
+  const int64_t width = geometry_.width;
   const int64_t channel = int64_t{group} * channels;
   // Folded pixels whose s columns all lie inside, and are adjacent in memory, move as one.
   const bool adjacent = input_.strides.c == 1 && input_.strides.w == channels && !mask_.data;

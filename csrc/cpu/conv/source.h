@@ -7,35 +7,64 @@
 
 namespace fastalex::cpu::conv {
 
+// Memory that will be read soon.
+struct Span {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+
+  Span share(int64_t index, int64_t count) const {
+    const int64_t begin = bytes * index / count;
+    return {data + begin, bytes * (index + 1) / count - begin};
+  }
+  void fetch() const {
+    constexpr int64_t kLine = 64;
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(data + at, 0, 2);
+  }
+};
+
 class InputSource {
  public:
-  InputSource(const ConvKernels& kernels, const Part& part, DType dtype, const ConstTensor& input,
-              const ConstTensor& mask)
-      : kernels_(kernels), part_(part), dtype_(dtype), input_(input), mask_(mask) {}
+  InputSource(const ConvKernels& kernels, const Geometry& geometry, const Fold& fold, DType dtype,
+              const ConstTensor& input, const ConstTensor& mask)
+      : kernels_(kernels),
+        geometry_(geometry),
+        fold_(fold),
+        dtype_(dtype),
+        input_(input),
+        mask_(mask) {}
 
   // True when the engines can read the caller's memory as it is.
   bool in_place() const {
-    const Geometry& g = part_.geometry;
-    return dtype_ == DType::kFloat32 && !mask_.data && part_.fold.factor == 1 &&
-           input_.strides.c == 1 && input_.strides.w == int64_t{g.groups} * g.channels;
+    const Geometry& g = geometry_;
+    return dtype_ == DType::kFloat32 && !mask_.data && fold_.factor == 1 && input_.strides.c == 1 &&
+           input_.strides.w == int64_t{g.groups} * g.channels;
   }
 
   const float* pixel(int64_t image, int group, int y) const {
     const Strides& s = input_.strides;
     return static_cast<const float*>(input_.data) + image * s.n +
-           int64_t{group} * part_.geometry.channels + y * s.h;
+           int64_t{group} * geometry_.channels + y * s.h;
   }
   ptrdiff_t pixel_stride() const { return input_.strides.w; }
   ptrdiff_t row_stride() const { return input_.strides.h; }
+
+  // Where the engine's rows [begin, end) lie, if channels last and dense enough to be one run.
+  Span memory_of_rows(int64_t image, int group, int begin, int end) const;
 
   // Row y of the engine's input: out[x * out_stride + channel], zero up to padded_channels.
   void read_row(int64_t image, int group, int y, float* out, ptrdiff_t out_stride,
                 int padded_channels) const;
   // Pixels [begin, end) of an unfolded row: out[(x - begin) * channels + channel].
   void read_pixels(int64_t image, int group, int y, int begin, int end, float* out) const {
-    const int channels = part_.geometry.channels;
+    const int channels = geometry_.channels;
     gather(image, int64_t{group} * channels, y, begin, 1, end - begin, channels, channels, out,
            channels);
+  }
+  // Channels [first, first + count) of all pixels of an unfolded row, zero up to `padded`.
+  void read_channels(int64_t image, int group, int first, int count, int y, float* out,
+                     int64_t padded) const {
+    gather(image, int64_t{group} * geometry_.channels + first, y, 0, 1, geometry_.width, count,
+           static_cast<int>(padded), out, padded);
   }
 
  private:
@@ -44,7 +73,8 @@ class InputSource {
   void read_folded_row(int64_t image, int group, int y, float* out, ptrdiff_t out_stride) const;
 
   const ConvKernels& kernels_;
-  const Part& part_;
+  const Geometry& geometry_;
+  const Fold& fold_;
   DType dtype_;
   ConstTensor input_, mask_;
 };

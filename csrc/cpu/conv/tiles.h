@@ -17,8 +17,8 @@ inline int tile_position(const Cover& cover, int big, int tile) {
   return tile < cover.big ? tile * big : cover.big * big + (tile - cover.big) * (big - 1);
 }
 
-// One matrix [tiles][floats_per_tile] per point; a block's big rows and columns come first, and only
-// they own the last point of each dimension.
+// One matrix [tiles][floats_per_tile] per point; a block's big rows and columns come first, and
+// only they own the last point of each dimension.
 class PointLayout {
  public:
   PointLayout(const WinogradChoice& choice, const TileBlock& block, int64_t floats_per_tile)
@@ -37,9 +37,7 @@ class PointLayout {
     }
   }
 
-  int64_t tiles(int p) const {
-    return block_.images * owned_rows(p) * owned_columns(p);
-  }
+  int64_t tiles(int p) const { return block_.images * owned_rows(p) * owned_columns(p); }
   // Index of the first tile of a tile row within its point.
   int64_t row_tile(int p, int64_t image, int row) const {
     return (image * owned_rows(p) + row - block_.row_begin) * owned_columns(p);

@@ -1,4 +1,5 @@
-// The Winograd engine: convolution as one matrix product per point of nested, exactly fitting tiles.
+// The Winograd engine: convolution as one matrix product per point of nested, exactly fitting
+// tiles.
 #include "winograd.h"
 
 #include <array>
@@ -34,9 +35,9 @@ void InputTransform::row(const PointLayout& layout, const TileBlock& block, int6
     if (y < 0 || y >= g.height || (i == points - 1 && !big)) {
       rows[i] = zeros_;
     } else {
-      rows[i] = (in_place ? source_.pixel(source_image, group, y)
-                          : window.row(source_image, group, y)) +
-                block_begin * kBlock;
+      rows[i] =
+          (in_place ? source_.pixel(source_image, group, y) : window.row(source_image, group, y)) +
+          block_begin * kBlock;
     }
   }
   InputRowCall call{};
@@ -62,6 +63,7 @@ void multiply_points(const ConvKernels& kernels, const Part& part, const PointPr
   for (int p = 0; p < count; ++p) {
     const ptrdiff_t block_stride = product.v_layout->tiles(p) * kBlock;
     GemmCall call{};
+    product.prefetch.share(p, count).fetch();
     call.row_stride = kBlock;
     call.rows = product.m_layout->tiles(p);
     if (call.rows == 0) continue;
@@ -171,7 +173,7 @@ class WinogradRun {
         geometry_(part.geometry),
         choice_(part.winograd),
         panels_{part.geometry.filters, kernels.lanes},
-        source_(kernels, part, operands.dtype, operands.input, operands.mask),
+        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
         target_(kernels, part, operands.dtype, operands.output),
         memory_(part, panels_, operands.scratch, operands.threads),
         transform_(part, source_, memory_.zeros) {
@@ -186,32 +188,61 @@ class WinogradRun {
 
  private:
   void run_private() {
-    const int rows = choice_.rows.tiles();
-    const int64_t row_blocks = ceil_div(rows, choice_.rows_per_block);
-    const int64_t blocks = ceil_div(geometry_.images, choice_.images_per_block) * row_blocks;
-    run_jobs(blocks * geometry_.groups, operands_.threads, [&](int worker, int64_t job) {
-      const int64_t index = job % blocks;
-      TileBlock block;
-      block.image_begin = index / row_blocks * choice_.images_per_block;
-      block.images = std::min(choice_.images_per_block, geometry_.images - block.image_begin);
-      block.row_begin = static_cast<int>(index % row_blocks) * choice_.rows_per_block;
-      block.row_end = std::min(rows, block.row_begin + choice_.rows_per_block);
-      run_block(static_cast<int>(job / blocks), block, memory_.worker(worker));
+    const int64_t image_blocks = ceil_div(geometry_.images, choice_.images_per_block);
+    const int strips = static_cast<int>(ceil_div(choice_.rows.tiles(), choice_.rows_per_block));
+    // A worker keeps to one image where there are enough: its strips share rows of input.
+    const bool whole = image_blocks * geometry_.groups >= 4 * operands_.threads;
+    const int strips_per_job = whole ? strips : 1;
+    const int64_t jobs_per_group = image_blocks * (strips / strips_per_job);
+    run_jobs(jobs_per_group * geometry_.groups, operands_.threads, [&](int worker, int64_t job) {
+      const int group = static_cast<int>(job / jobs_per_group);
+      const int64_t first = job % jobs_per_group * strips_per_job;
+      const Memory::Worker w = memory_.worker(worker);
+      RowWindow window(source_, geometry_, w.window, choice_.kernels->points,
+                       channel_blocks(geometry_) * kBlock);
+      for (int64_t strip = first; strip < first + strips_per_job; ++strip) {
+        run_block(group, private_block(strip / strips, static_cast<int>(strip % strips)), window,
+                  w);
+      }
     });
   }
 
-  void run_block(int group, const TileBlock& block, const Memory::Worker& w) {
+  TileBlock private_block(int64_t image_block, int strip) const {
+    TileBlock block;
+    block.image_begin = image_block * choice_.images_per_block;
+    block.images = std::min(choice_.images_per_block, geometry_.images - block.image_begin);
+    block.row_begin = strip * choice_.rows_per_block;
+    block.row_end = std::min(choice_.rows.tiles(), block.row_begin + choice_.rows_per_block);
+    return block;
+  }
+
+  void run_block(int group, const TileBlock& block, RowWindow& window, const Memory::Worker& w) {
     const int channels = channel_blocks(geometry_);
     const PointLayout layout(choice_, block, int64_t{channels} * kBlock);
-    RowWindow window(source_, geometry_, w.window, choice_.kernels->points, channels * kBlock);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int row = block.row_begin; row < block.row_end; ++row) {
         transform_.row(layout, block, image, group, row, 0, channels, window, w.v);
       }
     }
+    const Span next = next_input(group, block);
     for (int panel = 0; panel < panels_.count(); ++panel) {
-      multiply_and_write(group, panel, block, w.v, layout, 0, w);
+      multiply_and_write(group, panel, block, w.v, layout, 0, w,
+                         next.share(panel, panels_.count()));
     }
+  }
+
+  // The caller's rows that the next strip will read: memory to fetch while this one multiplies.
+  Span next_input(int group, const TileBlock& block) const {
+    if (block.images != 1) return {};
+    const int big = choice_.kernels->big;
+    const bool last = block.row_end == choice_.rows.tiles();
+    if (last && block.image_begin + 1 >= geometry_.images) return {};
+    const int64_t image = block.image_begin + (last ? 1 : 0);
+    const int begin =
+        last ? 0 : tile_position(choice_.rows, big, block.row_end) + geometry_.kernel_h - 1;
+    const int end = begin + choice_.rows_per_block * big;
+    return source_.memory_of_rows(image, group, begin - geometry_.offset_h,
+                                  end - geometry_.offset_h);
   }
 
   void run_shared() {
@@ -269,8 +300,8 @@ class WinogradRun {
   }
 
   void multiply_and_write(int group, int panel, const TileBlock& block, const float* v,
-                          const PointLayout& v_layout, int64_t first_image,
-                          const Memory::Worker& w) {
+                          const PointLayout& v_layout, int64_t first_image, const Memory::Worker& w,
+                          const Span& prefetch = {}) {
     const int points = choice_.kernels->points;
     const int vectors = panels_.vectors(panel);
     const PointLayout m_layout(choice_, block, int64_t{vectors} * kernels_.lanes);
@@ -284,6 +315,7 @@ class WinogradRun {
     product.m = w.m;
     product.m_layout = &m_layout;
     product.vectors = vectors;
+    product.prefetch = prefetch;
     multiply_points(kernels_, part_, product);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int row = block.row_begin; row < block.row_end; ++row) {

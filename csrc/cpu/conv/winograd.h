@@ -6,7 +6,9 @@
 
 namespace fastalex::cpu::conv {
 
-inline int channel_blocks(const Geometry& g) { return static_cast<int>(ceil_div(g.channels, kBlock)); }
+inline int channel_blocks(const Geometry& g) {
+  return static_cast<int>(ceil_div(g.channels, kBlock));
+}
 
 // Rows of the input that no tile owns read as zero from here.
 inline int64_t zero_row_floats(const Geometry& g) {
@@ -24,7 +26,8 @@ class InputTransform {
   InputTransform(const Part& part, const InputSource& source, const float* zeros)
       : part_(part), source_(source), zeros_(zeros) {}
 
-  // Channel blocks [block_begin, block_end) of one tile row; `image` counts from the layout's block.
+  // Channel blocks [block_begin, block_end) of one tile row; `image` counts from the layout's
+  // block.
   void row(const PointLayout& layout, const TileBlock& block, int64_t image, int group, int row,
            int block_begin, int block_end, RowWindow& window, float* v) const;
 
@@ -44,6 +47,7 @@ struct PointProduct {
   float* m;
   const PointLayout* m_layout;
   int vectors;
+  Span prefetch;  // memory to bring into L2 meanwhile
 };
 void multiply_points(const ConvKernels& kernels, const Part& part, const PointProduct& product);
 

@@ -18,6 +18,18 @@ inline F32 masked(F32 value, const S* mask, int count) {
   return load_partial(mask, count) > 0.0f ? value : F32{};
 }
 
+// Channels adjacent and few: each pixel is one partial vector.
+template <class S>
+void gather_few_channels(const GatherCall& call) {
+  const S* in = static_cast<const S*>(call.data);
+  float* out = call.out;
+  const int channels = call.channels, padded = std::min(kLane, call.padded_channels);
+  const int64_t in_stride = call.pixel_stride, out_stride = call.out_stride;
+  for (int64_t p = 0; p < call.pixels; ++p, in += in_stride, out += out_stride) {
+    store_partial(out, load_partial(in, channels), padded);
+  }
+}
+
 // Channels adjacent: vectors of channels, pixel by pixel.
 template <class S>
 void gather_channels_last(const GatherCall& call) {
@@ -127,8 +139,10 @@ void visit_float_dtype(DType dtype, Fn&& fn) {
 
 void gather(const GatherCall& call) {
   const bool adjacent = call.channel_stride == 1 && (!call.mask || call.mask_channel_stride == 1);
+  const bool few = call.channels <= kLane && call.padded_channels <= kLane && !call.mask;
   visit_float_dtype(call.dtype, [&]<class S>(S) {
-    adjacent ? gather_channels_last<S>(call) : gather_strided<S>(call);
+    if (!adjacent) return gather_strided<S>(call);
+    few ? gather_few_channels<S>(call) : gather_channels_last<S>(call);
   });
 }
 

@@ -20,10 +20,12 @@ inline constexpr int kLane = kLanes<float>;
 // The distance of A's rows: a constant where the operand is stored in channel blocks.
 template <int kStride>
 struct FixedStride {
+  static constexpr bool kBlocked = true;
   explicit FixedStride(ptrdiff_t) {}
   constexpr operator ptrdiff_t() const { return kStride; }
 };
 struct RuntimeStride {
+  static constexpr bool kBlocked = false;
   ptrdiff_t value;
   operator ptrdiff_t() const { return value; }
 };
@@ -46,14 +48,20 @@ FASTALEX_INLINE void multiply_segment(F32 (&sums)[kRows][kVectors], const float*
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const F32 value =
-          broadcast(groups[i / kRowsPerPointer][(i % kRowsPerPointer) * stride + t]);
+      const F32 value = splat(groups[i / kRowsPerPointer] + (i % kRowsPerPointer) * stride + t);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         sums[i][v] = fused_multiply_add(value, row[v], sums[i][v]);
       }
     }
   }
+}
+
+// The next block's rows of a segment are short runs a hardware prefetcher does not follow.
+template <int kRows>
+FASTALEX_INLINE void prefetch_rows(const float* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) __builtin_prefetch(rows + i * kBlock);
 }
 
 template <int kRows, int kVectors, class Stride>
@@ -68,7 +76,13 @@ void multiply_block(const GemmCall& call, const float* a, float* c) {
   const float* b = call.b;
   for (int s = 0; s < call.segment_count; ++s) {
     const Segment& segment = call.segments[s];
-    multiply_segment<kRows, kVectors>(sums, a + segment.offset, stride, segment.length, b);
+    if constexpr (Stride::kBlocked) prefetch_rows<kRows>(a + segment.offset + kRows * kBlock);
+    if (Stride::kBlocked && segment.length == kBlock) {
+      // A trip count the compiler knows: no remainder to test for.
+      multiply_segment<kRows, kVectors>(sums, a + segment.offset, stride, kBlock, b);
+    } else {
+      multiply_segment<kRows, kVectors>(sums, a + segment.offset, stride, segment.length, b);
+    }
     b += static_cast<ptrdiff_t>(segment.length) * kVectors * kLane;
   }
 #pragma GCC unroll 16
@@ -101,14 +115,16 @@ void multiply_rows(const GemmCall& call) {
   float* c = call.c;
   for (int64_t block = 0; block < blocks; ++block) {
     // Near-equal blocks: 29 rows are 10 + 10 + 9, not 14 + 14 + 1.
-    const int rows = static_cast<int>(call.rows * (block + 1) / blocks - call.rows * block / blocks);
+    const int rows =
+        static_cast<int>(call.rows * (block + 1) / blocks - call.rows * block / blocks);
     kernels[rows - 1](call, a, c);
     a += rows * call.row_stride;
     c += rows * call.c_stride;
   }
 }
 
-// A^T B: half a channel block per register block, so that blocked operands are never split unevenly.
+// A^T B: half a channel block per register block, so that blocked operands are never split
+// unevenly.
 #if defined(__AVX512F__)
 inline constexpr int kOuterColumns = 8;
 #else
@@ -133,7 +149,7 @@ void outer_block(const OuterCall& call, const float* a, float* c) {
       for (int v = 0; v < kVectors; ++v) values[v] = load(b + v * kLane);
 #pragma GCC unroll 8
       for (int i = 0; i < kColumns; ++i) {
-        const F32 value = broadcast(row[i]);
+        const F32 value = splat(row + i);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           sums[i][v] = fused_multiply_add(value, values[v], sums[i][v]);

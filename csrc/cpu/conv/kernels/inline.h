@@ -6,6 +6,17 @@
 
 namespace fastalex::cpu::FASTALEX_ISA {
 
+// Every lane = *p, as one load; `Vec{} + *p` would add, for the sake of -0.
+FASTALEX_INLINE F32 splat(const float* p) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (F32)_mm256_broadcast_ss(p);
+#else
+  return F32{*p, *p, *p, *p};
+#endif
+}
+
 // max(v, floor) that keeps NaN: the maximum instructions return their second operand then.
 FASTALEX_INLINE F32 at_least(F32 v, F32 floor) {
 #if defined(__AVX512F__)

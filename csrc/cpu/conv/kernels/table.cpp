@@ -1,8 +1,8 @@
 // One instruction set's table of convolution kernels.
-#include "copy.h"
-#include "gemm.h"
 #include "../../isa.h"
 #include "../../vec.h"
+#include "copy.h"
+#include "gemm.h"
 #include "winograd_rows.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {

@@ -30,8 +30,7 @@ struct WinogradRows {
   // One tile, one vector of channels. `column` is its first pixel, `target` its offset in a point.
   template <class Y, class X>
   FASTALEX_INLINE static void input_tile(const conv::InputRowCall& call, ptrdiff_t channel,
-                                         int column, float* const* points,
-                                         const ptrdiff_t* offsets, ptrdiff_t target) {
+                                         int column, float* const* points, ptrdiff_t target) {
     F32 half[X::kPoints][Y::kPoints];
     const int begin = std::max(0, -column);
     const int end = std::min<int>(X::kPoints, call.width - column);
@@ -58,23 +57,23 @@ struct WinogradRows {
       X::input(d, v);
 #pragma GCC unroll 9
       for (int x = 0; x < X::kPoints; ++x) {
-        const int point = y * kPoints + x;
-        store(points[point] + offsets[point] + target, v[x]);
+        store(points[y * kPoints + x] + target, v[x]);
       }
     }
   }
 
   template <class Y>
   static void input_row_of(const conv::InputRowCall& call) {
-    ptrdiff_t offsets[kPoints * kPoints] = {};
+    float* points[kPoints * kPoints];
+    std::copy_n(call.points, kPoints * kPoints, points);
     for (int block = 0; block < call.blocks; ++block) {
       for_each_tile(call.columns, [&]<class X>(int tile, int column, X) {
         for (int lane = 0; lane < kBlock; lane += kLane) {
-          input_tile<Y, X>(call, block * kBlock + lane, call.first_column + column, call.points,
-                           offsets, static_cast<ptrdiff_t>(tile) * kBlock + lane);
+          input_tile<Y, X>(call, block * kBlock + lane, call.first_column + column, points,
+                           static_cast<ptrdiff_t>(tile) * kBlock + lane);
         }
       });
-      for (int p = 0; p < kPoints * kPoints; ++p) offsets[p] += call.block_strides[p];
+      for (int p = 0; p < kPoints * kPoints; ++p) points[p] += call.block_strides[p];
     }
   }
 
@@ -85,10 +84,9 @@ struct WinogradRows {
   // --- output: A^T m A --------------------------------------------------------------------------
 
   // Returns a vector that holds NaN where a result was NaN or infinite, and zero elsewhere.
-  template <class Y, class X>
+  template <class Y, class X, bool kWhole>
   FASTALEX_INLINE static F32 output_tile(const conv::OutputRowCall& call, ptrdiff_t source,
-                                         int channel, int valid, F32 bias, F32 floor,
-                                         float* output) {
+                                         int valid, F32 bias, F32 floor, float* output) {
     F32 half[X::kPoints][Y::kOutputs];
 #pragma GCC unroll 1
     for (int x = 0; x < X::kPoints; ++x) {
@@ -98,9 +96,9 @@ struct WinogradRows {
       Y::output(m, half[x]);
     }
     F32 suspicion{};
-    float* row = output + channel;
+    const ptrdiff_t pixel_stride = call.pixel_stride, row_stride = call.row_stride;
 #pragma GCC unroll 1
-    for (int y = 0; y < Y::kOutputs; ++y, row += call.row_stride) {
+    for (int y = 0; y < Y::kOutputs; ++y, output += row_stride) {
       F32 m[X::kPoints], sums[X::kOutputs];
 #pragma GCC unroll 9
       for (int x = 0; x < X::kPoints; ++x) m[x] = half[x][y];
@@ -110,8 +108,8 @@ struct WinogradRows {
         const F32 sum = sums[x] + bias;
         suspicion = fused_multiply_add(sum, F32{}, suspicion);
         const F32 value = at_least(sum, floor);
-        float* pixel = row + x * call.pixel_stride;
-        if (valid >= kLane) {
+        float* pixel = output + x * pixel_stride;
+        if constexpr (kWhole) {
           store(pixel, value);
         } else {
           store_partial(pixel, value, valid);
@@ -121,20 +119,28 @@ struct WinogradRows {
     return suspicion;
   }
 
+  template <class Y, bool kWhole>
+  static void output_vector(const conv::OutputRowCall& call, int v, int valid) {
+    const F32 floor = F32{} + (call.relu ? 0.0f : -__builtin_inff());
+    const int channel = v * kLane;
+    const F32 bias = call.bias ? load(call.bias + channel) : F32{};
+    for_each_tile(call.columns, [&]<class X>(int tile, int column, X) {
+      const ptrdiff_t source = (static_cast<ptrdiff_t>(tile) * call.vectors + v) * kLane;
+      float* output = call.output + column * call.pixel_stride + channel;
+      const F32 suspicion = output_tile<Y, X, kWhole>(call, source, valid, bias, floor, output);
+      if (any_nan(suspicion)) call.nonfinite[tile] = 1;
+    });
+  }
+
   template <class Y>
   static void output_row_of(const conv::OutputRowCall& call) {
-    const F32 floor = broadcast(call.relu ? 0.0f : -__builtin_inff());
     for (int v = 0; v < call.vectors; ++v) {
-      const int channel = v * kLane;
-      const int valid = std::min(kLane, call.channels - channel);
-      if (valid <= 0) break;
-      const F32 bias = call.bias ? load(call.bias + channel) : F32{};
-      for_each_tile(call.columns, [&]<class X>(int tile, int column, X) {
-        const ptrdiff_t source = (static_cast<ptrdiff_t>(tile) * call.vectors + v) * kLane;
-        const F32 suspicion = output_tile<Y, X>(call, source, channel, valid, bias, floor,
-                                                call.output + column * call.pixel_stride);
-        if (any_nan(suspicion)) call.nonfinite[tile] = 1;
-      });
+      const int valid = call.channels - v * kLane;
+      if (valid >= kLane) {
+        output_vector<Y, true>(call, v, kLane);
+      } else if (valid > 0) {
+        output_vector<Y, false>(call, v, valid);
+      }
     }
   }
 
