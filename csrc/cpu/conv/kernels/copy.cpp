@@ -55,15 +55,6 @@ void gather_channels_last(const GatherCall& call) {
   }
 }
 
-template <class S>
-inline float widen_one(const S* p) {
-  return load_partial(p, 1)[0];
-}
-template <>
-inline float widen_one(const float* p) {
-  return *p;
-}
-
 // Any strides: a square of pixels and channels at a time, so that both sides stay in cache.
 inline constexpr int kSquare = 16;
 
@@ -75,10 +66,10 @@ void gather_strided(const GatherCall& call) {
     const int64_t p1 = std::min<int64_t>(call.pixels, p0 + kSquare);
     for (int c = 0; c < call.channels; ++c) {
       for (int64_t p = p0; p < p1; ++p) {
-        float value = widen_one(in + p * call.pixel_stride + c * call.channel_stride);
+        float value = widen_one(in[p * call.pixel_stride + c * call.channel_stride]);
         if (mask) {
           const S* sign = mask + p * call.mask_pixel_stride + c * call.mask_channel_stride;
-          if (!(widen_one(sign) > 0.0f)) value = 0.0f;
+          if (!(widen_one(*sign) > 0.0f)) value = 0.0f;
         }
         call.out[p * call.out_stride + c] = value;
       }

@@ -35,7 +35,10 @@ FASTALEX_INLINE bool any_nan(F32 v) {
   const __m256 unordered = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
   return _mm256_movemask_ps(unordered) != 0;
 #else
-  return any(v != v);
+  const Mask<float> unordered = v != v;
+  bool found = false;
+  for (int lane = 0; lane < kLanes<float>; ++lane) found |= unordered[lane] != 0;
+  return found;
 #endif
 }
 
