@@ -362,3 +362,18 @@ def test_any_shape(shape: Shape, isa: str, layout: str, engine: str) -> None:
 def test_generated_transforms_are_up_to_date() -> None:
     script = SOURCES / "generate_transforms.py"
     subprocess.run([sys.executable, str(script), "--check"], check=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("engine", ["direct", "winograd"])
+@pytest.mark.parametrize("case", list(CASES)[:5])
+@pytest.mark.parametrize("special", [None, torch.nan])
+def test_image_by_image(isa: str, engine: str, case: str, special: float | None) -> None:
+    """A sink receives the bits that the output tensor would."""
+    shape = replace(CASES[case], input=(3, *CASES[case].input[1:]))
+    x, weight, bias = tensors(shape, torch.channels_last)
+    if special is not None:
+        x[1, 0, 3, 3] = special
+    whole = convolve(shape, x, weight, bias, isa=isa, engine=engine)
+    by_image = convolve(shape, x, weight, bias, isa=isa, engine=engine, by_image=True)
+    torch.testing.assert_close(by_image, whole, rtol=0, atol=0, equal_nan=True)

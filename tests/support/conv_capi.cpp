@@ -7,9 +7,11 @@
 
 #include "../../csrc/cpu/conv/conv.h"
 #include "../../csrc/cpu/conv/isa_tables.h"
+#include "../../csrc/cpu/linear.h"
 
 namespace cpu = fastalex::cpu;
 namespace conv = fastalex::cpu::conv;
+namespace linear = fastalex::cpu::linear;
 
 namespace {
 
@@ -31,11 +33,12 @@ extern "C" {
 
 // sizes: batch groups in_c in_h in_w out_c kh kw sh sw ph pw dh dw
 void* conv_plan(int isa, int pass, int threads, int engine, int tile, int dtype, int precision,
-                int relu, const int* sizes) {
+                int relu, int by_image, const int* sizes) {
   conv::Problem p;
   p.dtype = static_cast<cpu::DType>(dtype);
   p.precision = static_cast<conv::Precision>(precision);
   p.relu = relu != 0;
+  p.by_image = by_image != 0;
   p.batch = sizes[0];
   int* const fields[] = {&p.groups,        &p.in_channels,    &p.in_height,     &p.in_width,
                          &p.out_channels,  &p.kernel_height,  &p.kernel_width,  &p.stride_height,
@@ -71,16 +74,29 @@ double conv_pack(void* plan, const void* weight, const int64_t* strides, void* p
   return seconds_since(start);
 }
 
-double conv_forward(void* plan, const void* input, const int64_t* input_strides, const void* weight,
-                    const int64_t* weight_strides, const void* bias, const void* packed,
-                    void* output, const int64_t* output_strides, void* scratch) {
+double conv_forward(void* plan, const void* input, const int64_t* input_strides,
+                    const void* weight, const int64_t* weight_strides, const void* bias,
+                    const void* packed, void* output, const int64_t* output_strides,
+                    void* scratch, int64_t image_floats) {
+  // Under by_image the sink copies each finished image to its place in a dense output.
+  struct Copy {
+    float* output;
+    int64_t floats;
+  } copy{static_cast<float*>(output), image_floats};
+  const conv::ImageSink sink{[](void* context, int, int64_t image, const float* data) {
+                               const Copy& to = *static_cast<Copy*>(context);
+                               std::memcpy(to.output + image * to.floats, data,
+                                           to.floats * sizeof(float));
+                             },
+                             &copy};
   const auto start = std::chrono::steady_clock::now();
   static_cast<conv::Plan*>(plan)->forward({{input, strides_of(input_strides)},
                                            {weight, strides_of(weight_strides)},
                                            bias,
                                            packed,
                                            {output, strides_of(output_strides)},
-                                           scratch});
+                                           scratch,
+                                           sink});
   return seconds_since(start);
 }
 
@@ -109,6 +125,37 @@ double conv_weight_gradient(void* plan, const void* gradient, const int64_t* gra
                                                    {result, strides_of(result_strides)},
                                                    bias_gradient,
                                                    scratch});
+  return seconds_since(start);
+}
+
+void* linear_plan(int isa, int dtype, int64_t rows, int inputs, int outputs, int relu,
+                  int threads) {
+  return new linear::Plan(kernels_of(isa),
+                          {static_cast<cpu::DType>(dtype), rows, inputs, outputs, relu != 0},
+                          threads);
+}
+void linear_free(void* plan) { delete static_cast<linear::Plan*>(plan); }
+size_t linear_packed_bytes(void* plan) { return static_cast<linear::Plan*>(plan)->packed_bytes(); }
+size_t linear_scratch_bytes(void* plan) {
+  return static_cast<linear::Plan*>(plan)->scratch_bytes();
+}
+double linear_pack(void* plan, const void* weight, void* packed) {
+  const auto start = std::chrono::steady_clock::now();
+  static_cast<linear::Plan*>(plan)->pack(weight, packed);
+  return seconds_since(start);
+}
+double linear_forward(void* plan, const void* input, const void* packed, const void* bias,
+                      void* output, void* scratch) {
+  const auto start = std::chrono::steady_clock::now();
+  static_cast<linear::Plan*>(plan)->forward({input, packed, bias, output, scratch});
+  return seconds_since(start);
+}
+double linear_backward(void* plan, const void* gradient, const void* output, const void* input,
+                       const void* packed, void* input_gradient, void* weight_gradient,
+                       void* bias_gradient, void* scratch) {
+  const auto start = std::chrono::steady_clock::now();
+  static_cast<linear::Plan*>(plan)->backward({gradient, output, input, packed, input_gradient,
+                                              weight_gradient, bias_gradient, scratch});
   return seconds_since(start);
 }
 

@@ -49,7 +49,11 @@ def _ninja_file() -> str:
         "  command = g++ -shared -pthread -o $out $in",
     ]
     objects = []
-    once = [*SOURCES.glob("*.cpp"), *(ROOT / "tests" / "support").glob("conv_*.cpp")]
+    once = [
+        SOURCES.parent / "linear.cpp",
+        *SOURCES.glob("*.cpp"),
+        *(ROOT / "tests" / "support").glob("conv_*.cpp"),
+    ]
     for source in sorted(once):
         objects.append(f"{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
@@ -70,7 +74,7 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(BUILD / "libconv.so"))
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
     signatures = {
-        "conv_plan": (pointer, [integer] * 8 + [pointer]),
+        "conv_plan": (pointer, [integer] * 9 + [pointer]),
         "conv_free": (None, [pointer]),
         "conv_packed_bytes": (size, [pointer]),
         "conv_scratch_bytes": (size, [pointer]),
@@ -81,9 +85,16 @@ def library() -> ctypes.CDLL:
         "conv_buffer_free": (None, [pointer]),
         "conv_set_threads": (None, [integer]),
         "conv_pack": (ctypes.c_double, [pointer] * 4),
-        "conv_forward": (ctypes.c_double, [pointer] * 10),
+        "conv_forward": (ctypes.c_double, [pointer] * 10 + [ctypes.c_int64]),
         "conv_input_gradient": (ctypes.c_double, [pointer] * 11),
         "conv_weight_gradient": (ctypes.c_double, [pointer] * 11),
+        "linear_plan": (pointer, [integer] * 2 + [ctypes.c_int64] + [integer] * 4),
+        "linear_free": (None, [pointer]),
+        "linear_packed_bytes": (size, [pointer]),
+        "linear_scratch_bytes": (size, [pointer]),
+        "linear_pack": (ctypes.c_double, [pointer] * 3),
+        "linear_forward": (ctypes.c_double, [pointer] * 6),
+        "linear_backward": (ctypes.c_double, [pointer] * 9),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -152,6 +163,7 @@ class Plan:
     dtype: torch.dtype = torch.float32
     precision: str = "high"
     relu: bool = True
+    by_image: bool = False
     handle: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,6 +179,7 @@ class Plan:
             DTYPES[self.dtype],
             PRECISIONS[self.precision],
             int(self.relu),
+            int(self.by_image),
             (ctypes.c_int * 14)(*sizes),
         )
         self.packed = lib.conv_buffer(lib.conv_packed_bytes(self.handle) + 64)
@@ -213,7 +226,7 @@ class Plan:
         return library().conv_forward(
             self.handle,
             *(_pointer(x), _strides(x), _pointer(weight), _strides(weight), _pointer(bias)),
-            *(self.packed, _pointer(out), _strides(out), self.scratch),
+            *(self.packed, _pointer(out), _strides(out), self.scratch, out[:1].numel()),
         )
 
     def input_gradient(
@@ -245,4 +258,57 @@ class Plan:
             *(_pointer(grad), _strides(grad), _pointer(output), _strides(mask)),
             *(_pointer(x), _strides(x), _pointer(out), _strides(out)),
             *(_pointer(bias), self.scratch),
+        )
+
+
+@dataclass
+class LinearPlan:
+    rows: int
+    inputs: int
+    outputs: int
+    isa: str = "avx512"
+    threads: int = 2
+    dtype: torch.dtype = torch.float32
+    relu: bool = True
+    handle: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        lib = library()
+        self.handle = lib.linear_plan(
+            *(ISA_CODES[self.isa], DTYPES[self.dtype], self.rows, self.inputs, self.outputs),
+            *(int(self.relu), self.threads),
+        )
+        self.sizes = (lib.linear_packed_bytes(self.handle), lib.linear_scratch_bytes(self.handle))
+        self.packed, self.scratch = (lib.conv_buffer(size + 64) for size in self.sizes)
+        for data, size in zip((self.packed, self.scratch), self.sizes, strict=True):
+            ctypes.memset(data, 0xFF, size + 64)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            library().linear_free(self.handle)
+            library().conv_buffer_free(self.packed)
+            library().conv_buffer_free(self.scratch)
+
+    def assert_canaries(self) -> None:
+        for data, size in zip((self.packed, self.scratch), self.sizes, strict=True):
+            assert ctypes.string_at(data + size, 64) == b"\xff" * 64
+
+    def pack(self, weight: torch.Tensor) -> float:
+        return library().linear_pack(self.handle, _pointer(weight), self.packed)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> float:
+        return library().linear_forward(
+            self.handle, _pointer(x), self.packed, _pointer(bias), _pointer(out), self.scratch
+        )
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        output: torch.Tensor | None,
+        x: torch.Tensor,
+        results: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    ) -> float:
+        return library().linear_backward(
+            *(self.handle, _pointer(grad), _pointer(output), _pointer(x), self.packed),
+            *(*map(_pointer, results), self.scratch),
         )

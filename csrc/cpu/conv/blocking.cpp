@@ -36,6 +36,17 @@ void block_private(WinogradChoice& choice, const Geometry& g, int threads) {
   choice.rows_per_block = static_cast<int>(ceil_div(rows, std::min<int64_t>(strips, rows)));
 }
 
+// One image per job, in strips where it is large.
+void block_image(WinogradChoice& choice, const Geometry& g) {
+  choice.schedule = Schedule::kPrivate;
+  choice.images_per_block = 1;
+  const int rows = choice.rows.tiles();
+  const int64_t bytes = transformed_bytes(choice, g, 1, rows);
+  const int64_t fitting =
+      bytes <= kPrivateBytes / 2 ? rows : std::clamp<int64_t>(kStripBytes * rows / bytes, 1, rows);
+  choice.rows_per_block = static_cast<int>(ceil_div(rows, ceil_div(rows, fitting)));
+}
+
 void block_shared(WinogradChoice& choice, const Geometry& g) {
   choice.schedule = Schedule::kShared;
   choice.rows_per_block = choice.rows.tiles();
@@ -72,7 +83,9 @@ void block_winograd(const ConvKernels& kernels, Part& part, int threads) {
   block_private(choice, g, threads);
   block_shared(shared, g);
   const double bytes = static_cast<double>(weight_bytes);
-  if (shared_traffic(shared, g, bytes, panels.count()) < private_traffic(choice, g, bytes)) {
+  if (part.by_image) {
+    block_image(choice, g);
+  } else if (shared_traffic(shared, g, bytes, panels.count()) < private_traffic(choice, g, bytes)) {
     choice = shared;
   }
   part.packed_bytes = align_up(weight_bytes * g.groups);

@@ -58,6 +58,9 @@ struct Problem {
   int dilation_height = 1, dilation_width = 1;
   bool relu = true;
   Precision precision = Precision::kHigh;
+  // Results go to ForwardCall::sink image by image, for what follows (normalization, pooling) to
+  // consume from cache. One worker makes an image: worthwhile from a batch of `threads` on.
+  bool by_image = false;
 
   int out_height() const {
     return (in_height + 2 * padding_height - dilation_height * (kernel_height - 1) - 1) /
@@ -73,11 +76,11 @@ struct Problem {
 // Why the engine cannot serve the problem, or "" when it can.
 std::string refusal(const Problem& problem);
 
-// Called with finished rows [row_begin, row_end) of one image, all channels, float, channels last,
-// rows in order within an image; what it does with them replaces the store of the output.
-struct RowSink {
-  void (*rows)(void* context, int worker, int64_t image, int row_begin, int row_end,
-               const float* data, ptrdiff_t row_stride, ptrdiff_t pixel_stride) = nullptr;
+// Receives finished images instead of the output tensor: float, channels last, dense, in the
+// scratch of the worker that made it, still in its cache. Called from workers [0, threads), each
+// image once.
+struct ImageSink {
+  void (*image)(void* context, int worker, int64_t image, const float* data) = nullptr;
   void* context = nullptr;
 };
 
@@ -86,8 +89,9 @@ struct ForwardCall {
   ConstTensor weight;
   const void* bias;  // null: none
   const void* packed;
-  Tensor output;
+  Tensor output;  // unused where the problem is by_image
   void* scratch;  // plan.scratch_bytes()
+  ImageSink sink;
 };
 
 struct InputGradientCall {

@@ -35,6 +35,7 @@ struct Memory {
   struct Worker {
     float* band;
     float* staging;
+    float* image;
   };
   float* bias;
   char* workers;
@@ -43,7 +44,8 @@ struct Memory {
   Memory(const Part& part, const Panels& panels, char* base, int threads)
       : band_floats_(band_pixels(part.geometry, part.direct.rows_per_band) *
                      part.geometry.channels),
-        staging_floats_(staged_pixels(part) * panels.width()) {
+        staging_floats_(staged_pixels(part) * panels.width()),
+        image_floats_(part.by_image ? image_floats(part.geometry) : 0) {
     Arena arena(base);
     bias = arena.take(int64_t{part.geometry.groups} * panels.padded());
     workers = base ? base + arena.bytes() : nullptr;
@@ -63,9 +65,10 @@ struct Memory {
     Worker w;
     w.band = arena.take(band_floats_);
     w.staging = arena.take(staging_floats_);
+    w.image = arena.take(image_floats_);
     return w;
   }
-  int64_t band_floats_, staging_floats_;
+  int64_t band_floats_, staging_floats_, image_floats_;
 };
 
 // Inner-product terms of one pass: those whose weights stay in L1 together.
@@ -114,7 +117,7 @@ class DirectRun {
         memory_(part, panels_, operands.scratch, operands.threads) {
     read_bias(panels_, geometry_.groups, operands.dtype, operands.bias, memory_.bias);
     in_place_ = source_.in_place() && covered(geometry_);
-    flat_ = in_place_ && pointwise(geometry_) && target_.in_place() &&
+    flat_ = !part.by_image && in_place_ && pointwise(geometry_) && target_.in_place() &&
             one_row(operands.input.strides, geometry_) &&
             one_row({operands.output.strides.n, 1, target_.row_stride(), target_.pixel_stride()},
                     geometry_);
@@ -124,7 +127,25 @@ class DirectRun {
     passes_ = term_passes(geometry_, part.direct.terms_per_pass, row_stride_, pixel_stride_);
   }
 
-  void run() {
+  void run() { part_.by_image ? run_by_image() : run_bands(); }
+
+ private:
+  // A worker makes all groups and bands of an image, then hands it on.
+  void run_by_image() const {
+    const int bands = static_cast<int>(ceil_div(geometry_.out_height, part_.direct.rows_per_band));
+    run_jobs(geometry_.images, operands_.threads, [&](int worker, int64_t image) {
+      const Memory::Worker w = memory_.worker(worker);
+      const OutputTarget target = OutputTarget::image(kernels_, part_, w.image);
+      for (int group = 0; group < geometry_.groups; ++group) {
+        for (int band = 0; band < bands; ++band) {
+          run_band(group, image, band, 0, panels_.count(), w, target);
+        }
+      }
+      operands_.sink.image(operands_.sink.context, worker, image, w.image);
+    });
+  }
+
+  void run_bands() const {
     const int splits = part_.direct.filter_splits;
     const int64_t bands = flat_ ? ceil_div(pixels(), part_.direct.pixels_per_band)
                                 : ceil_div(geometry_.out_height, part_.direct.rows_per_band);
@@ -141,16 +162,15 @@ class DirectRun {
                if (flat_) {
                  run_flat_band(group, band, first, last, memory_.worker(worker));
                } else {
-                 run_band(group, image, static_cast<int>(band), first, last,
-                          memory_.worker(worker));
+                 run_band(group, image, static_cast<int>(band), first, last, memory_.worker(worker),
+                          target_);
                }
              });
   }
 
- private:
   int64_t pixels() const { return geometry_.images * geometry_.height * geometry_.width; }
   void run_band(int group, int64_t image, int band, int first_panel, int last_panel,
-                const Memory::Worker& w) const {
+                const Memory::Worker& w, const OutputTarget& target) const {
     const Geometry& g = geometry_;
     const int y = band * part_.direct.rows_per_band;
     const int rows = std::min(part_.direct.rows_per_band, g.out_height - y);
@@ -163,7 +183,8 @@ class DirectRun {
       a = w.band;
     }
     for (int panel = first_panel; panel < last_panel; ++panel) {
-      const Destination out = destination(image, group, panel, y, 0, w.staging, g.out_width);
+      const Destination out =
+          destination(target, image, group, panel, y, 0, w.staging, g.out_width);
       for (size_t pass = 0; pass < passes_.size(); ++pass) {
         for (int row = 0; row < rows; ++row) {
           multiply(group, panel, pass, a + row * g.stride_h * row_stride_, g.out_width,
@@ -172,8 +193,8 @@ class DirectRun {
       }
       if (out.staged) {
         for (int row = 0; row < rows; ++row) {
-          target_.write_row(image, group, panels_.first(panel), panels_.valid(panel), y + row, 0,
-                            g.out_width, out.data + row * out.row_stride, out.pixel_stride);
+          target.write_row(image, group, panels_.first(panel), panels_.valid(panel), y + row, 0,
+                           g.out_width, out.data + row * out.row_stride, out.pixel_stride);
         }
       }
     }
@@ -186,7 +207,7 @@ class DirectRun {
     const float* a = source_.pixel(0, group, 0) + first * pixel_stride_;
     for (int panel = first_panel; panel < last_panel; ++panel) {
       const Destination out =
-          destination(0, group, panel, 0, static_cast<int>(first), w.staging, 0);
+          destination(target_, 0, group, panel, 0, static_cast<int>(first), w.staging, 0);
       for (size_t pass = 0; pass < passes_.size(); ++pass) {
         multiply(group, panel, pass, a, count, out.data, out.pixel_stride);
       }
@@ -202,12 +223,12 @@ class DirectRun {
     ptrdiff_t pixel_stride, row_stride;
     bool staged;
   };
-  Destination destination(int64_t image, int group, int panel, int y, int x, float* staging,
-                          int64_t staged_width) const {
+  Destination destination(const OutputTarget& target, int64_t image, int group, int panel, int y,
+                          int x, float* staging, int64_t staged_width) const {
     const ptrdiff_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-    if (target_.in_place() && panels_.valid(panel) == width) {
-      void* pixel = target_.pixel(image, group, panels_.first(panel), y, x);
-      return {static_cast<float*>(pixel), target_.pixel_stride(), target_.row_stride(), false};
+    if (target.in_place() && panels_.valid(panel) == width) {
+      void* pixel = target.pixel(image, group, panels_.first(panel), y, x);
+      return {static_cast<float*>(pixel), target.pixel_stride(), target.row_stride(), false};
     }
     return {staging, width, width * staged_width, true};
   }

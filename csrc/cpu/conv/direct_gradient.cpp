@@ -153,6 +153,7 @@ class GradientRun {
     call.columns = run.columns;
     call.segments = rows.data();
     call.vectors = panels_.vectors(panel);
+    call.c_stride = width;
     call.c = memory_.dw + (int64_t{group} * panels_.padded() + panels_.first(panel)) * g.terms() +
              run.term * width;
     for (int64_t image = 0; image < images; ++image) {

@@ -126,7 +126,13 @@ def combination(coefficients: list[Fraction], names: list[str]) -> str:
         if text:
             text += f" {sign} {factor}"
         else:
-            text = factor if sign == "+" else f"-{factor}" if size == 1 else f"-{float(size)!r}f * {name}"
+            text = (
+                factor
+                if sign == "+"
+                else f"-{factor}"
+                if size == 1
+                else f"-{float(size)!r}f * {name}"
+            )
     return text or "F32{}"
 
 

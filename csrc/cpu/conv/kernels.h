@@ -37,8 +37,9 @@ struct GemmCall {
   bool relu;
 };
 
-// C[columns][vectors * lanes] (+)= A^T B with one term per pixel or tile: term t of a segment reads
-// A's `columns` adjacent floats at a + offset + t * step; B is packed [term][vectors * lanes].
+// C[columns][vectors * lanes], rows c_stride apart, (+)= A^T B with one term per pixel or tile:
+// term t of a segment reads A's `columns` adjacent floats at a + offset + t * step; B is packed
+// [term][vectors * lanes].
 struct OuterCall {
   const float* a;
   ptrdiff_t step;
@@ -47,7 +48,8 @@ struct OuterCall {
   int segment_count;
   const float* b;
   int vectors;
-  float* c;  // [columns][vectors * lanes]
+  float* c;
+  ptrdiff_t c_stride;
   bool accumulate;
 };
 

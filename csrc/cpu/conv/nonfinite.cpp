@@ -5,7 +5,6 @@
 #include <new>
 
 #include "scalar.h"
-#include "target.h"
 
 namespace fastalex::cpu::conv {
 namespace {
@@ -71,10 +70,9 @@ float output_value(const Part& part, const Operands& operands, const Pixels& pix
   return operands.relu && sum < 0.0f ? 0.0f : sum;
 }
 
-void recompute_box(const ConvKernels& kernels, const Part& part, const Operands& operands,
+void recompute_box(const Part& part, const Operands& operands, const OutputTarget& target,
                    const OutputBox& box) {
   const Pixels pixels(part, operands);
-  const OutputTarget target(kernels, part, operands.dtype, operands.output);
   for (int y = box.y; y < box.y + box.rows; ++y) {
     for (int x = box.x; x < box.x + box.columns; ++x) {
       for (int f = box.filter; f < box.filter + box.filters; ++f) {
@@ -114,7 +112,7 @@ void recompute_all(const ConvKernels& kernels, const Part& part, const Operands&
 
 void NonfiniteLog::add(const OutputBox& box) {
   const std::lock_guard lock(mutex_);
-  if (boxes_.size() < kLimit) {
+  if (boxes_.size() < limit_) {
     boxes_.push_back(box);
   } else {
     overflowed_ = true;
@@ -122,12 +120,12 @@ void NonfiniteLog::add(const OutputBox& box) {
 }
 
 void recompute_nonfinite(const ConvKernels& kernels, const Part& part, const Operands& operands,
-                         const NonfiniteLog& log) {
+                         const OutputTarget& target, const NonfiniteLog& log) {
   if (log.overflowed()) {
     recompute_all(kernels, part, operands);
     return;
   }
-  for (const OutputBox& box : log.boxes()) recompute_box(kernels, part, operands, box);
+  for (const OutputBox& box : log.boxes()) recompute_box(part, operands, target, box);
 }
 
 }  // namespace fastalex::cpu::conv

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "part.h"
+#include "target.h"
 
 namespace fastalex::cpu::conv {
 
@@ -19,20 +20,24 @@ struct OutputBox {
 // Collects boxes from all workers; beyond a limit it only remembers that there were more.
 class NonfiniteLog {
  public:
+  static constexpr size_t kDefaultLimit = 64;
+  explicit NonfiniteLog(size_t limit = kDefaultLimit) : limit_(limit) {}
+
   void add(const OutputBox& box);
   bool empty() const { return boxes_.empty(); }
   bool overflowed() const { return overflowed_; }
   const std::vector<OutputBox>& boxes() const { return boxes_; }
 
  private:
-  static constexpr size_t kLimit = 64;
+  size_t limit_;
   std::mutex mutex_;
   std::vector<OutputBox> boxes_;
   bool overflowed_ = false;
 };
 
-// Recomputes what the log holds: box by box, or all of it with the part's direct fallback.
+// Recomputes what the log holds into `target`: box by box, or all of it with the part's direct
+// fallback.
 void recompute_nonfinite(const ConvKernels& kernels, const Part& part, const Operands& operands,
-                         const NonfiniteLog& log);
+                         const OutputTarget& target, const NonfiniteLog& log);
 
 }  // namespace fastalex::cpu::conv

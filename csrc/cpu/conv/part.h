@@ -9,6 +9,11 @@ namespace fastalex::cpu::conv {
 inline constexpr size_t kAlignment = 64;
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Floats of one finished image under a sink.
+inline int64_t image_floats(const Geometry& g) {
+  return int64_t{g.groups} * g.filters * g.out_height * g.out_width;
+}
+
 inline constexpr size_t align_up(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
@@ -52,6 +57,7 @@ struct Part {
   DirectChoice direct;
   size_t packed_offset = 0, packed_bytes = 0, scratch_bytes = 0;
   double predicted_seconds = 0;
+  bool by_image = false;  // results go to a sink
   // Serves tiles that hold NaN or infinity, when they are many.
   std::unique_ptr<Part> fallback;
 };
@@ -68,7 +74,7 @@ struct Operands {
   bool relu;
   char* scratch;
   int threads;
-  const RowSink* sink = nullptr;
+  ImageSink sink;
 };
 
 struct GradientOperands {

@@ -158,9 +158,11 @@ struct Request {
   int threads;
   Engine engine;
   int tile;
+  bool by_image;
 };
 
 void finish(const Request& request, Part& part) {
+  part.by_image = request.by_image;
   const bool gradient = request.pass == Pass::kWeightGradient;
   if (part.engine == Engine::kWinograd) {
     (gradient ? block_winograd_gradient : block_winograd)(request.kernels, part, request.threads);
@@ -193,13 +195,19 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
   }
 }
 
-Part choose(const Request& request, const Part& base) {
+// Decided as if for a fixed number of threads: another number must not change the results.
+Part choose(const Request& actual, const Part& base) {
+  constexpr int kPlanningThreads = 2;
+  Request request = actual;
+  request.threads = kPlanningThreads;
   Part best = unfolded(base);
   best.engine = Engine::kDirect;
   finish(request, best);
   const bool allowed =
       request.precision != Precision::kHighest && request.engine != Engine::kDirect;
   if (allowed && base.geometry.images > 0) consider_winograd(request, base, best);
+  finish(actual, best);
+  if (best.fallback) finish(actual, *best.fallback);
   return best;
 }
 
@@ -214,7 +222,13 @@ std::string refusal(const Problem& p) {
 Plan::Plan(const ConvKernels& kernels, const Problem& problem, Pass pass, int threads,
            Engine engine, int tile)
     : kernels_(&kernels), problem_(problem), pass_(pass), threads_(std::max(1, threads)) {
-  const Request request{kernels, pass, problem.precision, threads_, engine, tile};
+  const Request request{kernels,
+                        pass,
+                        problem.precision,
+                        threads_,
+                        engine,
+                        tile,
+                        problem.by_image && pass == Pass::kForward};
   if (pass == Pass::kInputGradient) {
     for (int h = 0; h < std::min(problem.stride_height, problem.in_height); ++h) {
       for (int w = 0; w < std::min(problem.stride_width, problem.in_width); ++w) {
@@ -334,6 +348,7 @@ void Plan::forward(const ForwardCall& call) const {
   operands.output = call.output;
   operands.bias = call.bias;
   operands.relu = problem_.relu;
+  operands.sink = call.sink;
   operands.scratch = static_cast<char*>(call.scratch);
   operands.threads = threads_;
   for (const Part& part : parts_) run_part(*kernels_, part, operands, call.packed);

@@ -10,6 +10,15 @@ class OutputTarget {
   OutputTarget(const ConvKernels& kernels, const Part& part, DType dtype, const Tensor& output)
       : kernels_(kernels), part_(part), dtype_(dtype), output_(output) {}
 
+  // One image for a sink: dense, channels last, float, wherever its index.
+  static OutputTarget image(const ConvKernels& kernels, const Part& part, float* data) {
+    return {kernels, part, DType::kFloat32, {data, image_strides(part.geometry)}};
+  }
+  static Strides image_strides(const Geometry& g) {
+    const int64_t channels = int64_t{g.groups} * g.filters;
+    return {0, 1, g.out_width * channels, channels};
+  }
+
   // True when results can be stored to the caller's memory as they are.
   bool in_place() const { return dtype_ == DType::kFloat32 && output_.strides.c == 1; }
 

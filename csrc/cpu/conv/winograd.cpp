@@ -96,6 +96,7 @@ struct Memory {
     float* staging;
     float* m;
     float* v;
+    float* image;
   };
   float* bias;
   float* zeros;
@@ -138,6 +139,7 @@ struct Memory {
     w.staging = arena.take(staging_floats_);
     w.m = arena.take(m_floats_);
     w.v = arena.take(v_floats_);
+    w.image = arena.take(part_.by_image ? image_floats(part_.geometry) : 0);
     return w;
   }
 
@@ -182,8 +184,9 @@ class WinogradRun {
   }
 
   void run() {
+    if (part_.by_image) return run_by_image();
     choice_.schedule == Schedule::kPrivate ? run_private() : run_shared();
-    if (!log_.empty()) recompute_nonfinite(kernels_, part_, operands_, log_);
+    if (!log_.empty()) recompute_nonfinite(kernels_, part_, operands_, target_, log_);
   }
 
  private:
@@ -201,9 +204,29 @@ class WinogradRun {
       RowWindow window(source_, geometry_, w.window, choice_.kernels->points,
                        channel_blocks(geometry_) * kBlock);
       for (int64_t strip = first; strip < first + strips_per_job; ++strip) {
-        run_block(group, private_block(strip / strips, static_cast<int>(strip % strips)), window,
-                  w);
+        run_block(group, private_block(strip / strips, static_cast<int>(strip % strips)), window, w,
+                  {target_, log_});
       }
+    });
+  }
+
+  // A worker makes all groups and strips of an image, then hands it on.
+  void run_by_image() {
+    const int strips = static_cast<int>(ceil_div(choice_.rows.tiles(), choice_.rows_per_block));
+    run_jobs(geometry_.images, operands_.threads, [&](int worker, int64_t image) {
+      const Memory::Worker w = memory_.worker(worker);
+      const OutputTarget target = OutputTarget::image(kernels_, part_, w.image);
+      NonfiniteLog log(SIZE_MAX);
+      const Sink sink{target, log};
+      RowWindow window(source_, geometry_, w.window, choice_.kernels->points,
+                       channel_blocks(geometry_) * kBlock);
+      for (int group = 0; group < geometry_.groups; ++group) {
+        for (int strip = 0; strip < strips; ++strip) {
+          run_block(group, private_block(image, strip), window, w, sink);
+        }
+      }
+      if (!log.empty()) recompute_nonfinite(kernels_, part_, operands_, target, log);
+      operands_.sink.image(operands_.sink.context, worker, image, w.image);
     });
   }
 
@@ -216,7 +239,14 @@ class WinogradRun {
     return block;
   }
 
-  void run_block(int group, const TileBlock& block, RowWindow& window, const Memory::Worker& w) {
+  // Where results go, and where the tiles that met NaN are noted.
+  struct Sink {
+    const OutputTarget& target;
+    NonfiniteLog& log;
+  };
+
+  void run_block(int group, const TileBlock& block, RowWindow& window, const Memory::Worker& w,
+                 const Sink& sink) {
     const int channels = channel_blocks(geometry_);
     const PointLayout layout(choice_, block, int64_t{channels} * kBlock);
     for (int64_t image = 0; image < block.images; ++image) {
@@ -226,7 +256,7 @@ class WinogradRun {
     }
     const Span next = next_input(group, block);
     for (int panel = 0; panel < panels_.count(); ++panel) {
-      multiply_and_write(group, panel, block, w.v, layout, 0, w,
+      multiply_and_write(group, panel, block, w.v, layout, 0, w, sink,
                          next.share(panel, panels_.count()));
     }
   }
@@ -288,7 +318,7 @@ class WinogradRun {
       share.images = std::min(images, block.images - first);
       if (share.images <= 0) return;
       multiply_and_write(group, panel, share, memory_.shared_v + group * memory_.group_floats,
-                         layout, first, memory_.worker(worker));
+                         layout, first, memory_.worker(worker), {target_, log_});
     });
   }
 
@@ -301,7 +331,7 @@ class WinogradRun {
 
   void multiply_and_write(int group, int panel, const TileBlock& block, const float* v,
                           const PointLayout& v_layout, int64_t first_image, const Memory::Worker& w,
-                          const Span& prefetch = {}) {
+                          const Sink& sink, const Span& prefetch = {}) {
     const int points = choice_.kernels->points;
     const int vectors = panels_.vectors(panel);
     const PointLayout m_layout(choice_, block, int64_t{vectors} * kernels_.lanes);
@@ -319,13 +349,13 @@ class WinogradRun {
     multiply_points(kernels_, part_, product);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int row = block.row_begin; row < block.row_end; ++row) {
-        write_row(group, panel, block, image, row, m_layout, w);
+        write_row(group, panel, block, image, row, m_layout, w, sink);
       }
     }
   }
 
   void write_row(int group, int panel, const TileBlock& block, int64_t image, int row,
-                 const PointLayout& layout, const Memory::Worker& w) {
+                 const PointLayout& layout, const Memory::Worker& w, const Sink& sink) {
     const int points = choice_.kernels->points, big = choice_.kernels->big;
     const int width = panels_.vectors(panel) * kernels_.lanes;
     std::array<const float*, kMaxPoints * kMaxPoints> streams;
@@ -346,10 +376,10 @@ class WinogradRun {
     call.big_row = row < choice_.rows.big;
     call.nonfinite = nonfinite.data();
     const int tile_rows = call.big_row ? big : big - 1;
-    if (target_.in_place()) {
-      call.output = static_cast<float*>(target_.pixel(target_image, group, filter, y, 0));
-      call.pixel_stride = target_.pixel_stride();
-      call.row_stride = target_.row_stride();
+    if (sink.target.in_place()) {
+      call.output = static_cast<float*>(sink.target.pixel(target_image, group, filter, y, 0));
+      call.pixel_stride = sink.target.pixel_stride();
+      call.row_stride = sink.target.row_stride();
       choice_.kernels->output_row(call);
     } else {
       call.output = w.staging;
@@ -357,15 +387,16 @@ class WinogradRun {
       call.row_stride = int64_t{geometry_.out_width} * panels_.width();
       choice_.kernels->output_row(call);
       for (int i = 0; i < tile_rows; ++i) {
-        target_.write_row(target_image, group, filter, filters, y + i, 0, geometry_.out_width,
-                          w.staging + i * call.row_stride, call.pixel_stride);
+        sink.target.write_row(target_image, group, filter, filters, y + i, 0, geometry_.out_width,
+                              w.staging + i * call.row_stride, call.pixel_stride);
       }
     }
     if (!nonfinite.any()) return;
     for (int t = 0; t < choice_.columns.tiles(); ++t) {
       if (!nonfinite.data()[t]) continue;
-      log_.add({target_image, group, filter, filters, y, tile_rows,
-                tile_position(choice_.columns, big, t), t < choice_.columns.big ? big : big - 1});
+      sink.log.add({target_image, group, filter, filters, y, tile_rows,
+                    tile_position(choice_.columns, big, t),
+                    t < choice_.columns.big ? big : big - 1});
     }
   }
 

@@ -190,6 +190,7 @@ class GradientRun {
         call.segment_count = 1;
         call.b = panel_gradient(group, panel) + d_layout.base(point) + first * width;
         call.vectors = panels_.vectors(panel);
+        call.c_stride = width;
         call.accumulate = accumulate || first > 0;
         for (int c = 0; c < geometry_.channels; c += kBlock) {
           call.a = v + c * tiles + first * kBlock;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../../vec.h"
+#include "transpose.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
 namespace {
@@ -81,6 +82,53 @@ void gather_strided(const GatherCall& call) {
   }
 }
 
+// Pixels adjacent (NCHW): squares of lanes x lanes, transposed in registers.
+template <class S>
+void gather_planes(const GatherCall& call) {
+  const S* in = static_cast<const S*>(call.data);
+  for (int c0 = 0; c0 < call.channels; c0 += kLane) {
+    const int channels = std::min(kLane, call.channels - c0);
+    const int width = std::min(kLane, call.padded_channels - c0);
+    for (int64_t p0 = 0; p0 < call.pixels; p0 += kLane) {
+      const int64_t pixels = std::min<int64_t>(kLane, call.pixels - p0);
+      F32 square[kLane];
+      for (int c = 0; c < kLane; ++c) {
+        square[c] =
+            c < channels ? load_up_to(in + (c0 + c) * call.channel_stride + p0, pixels) : F32{};
+      }
+      transpose(square);
+      for (int64_t p = 0; p < pixels; ++p) {
+        store_up_to(call.out + (p0 + p) * call.out_stride + c0, square[p], width);
+      }
+    }
+  }
+  const int written = (call.channels + kLane - 1) / kLane * kLane;
+  for (int64_t p = 0; p < call.pixels && written < call.padded_channels; ++p) {
+    float* out = call.out + p * call.out_stride;
+    std::fill(out + written, out + call.padded_channels, 0.0f);
+  }
+}
+
+template <class S>
+void scatter_planes(const ScatterCall& call) {
+  S* out = static_cast<S*>(call.out);
+  for (int c0 = 0; c0 < call.channels; c0 += kLane) {
+    const int channels = std::min(kLane, call.channels - c0);
+    for (int64_t p0 = 0; p0 < call.pixels; p0 += kLane) {
+      const int64_t pixels = std::min<int64_t>(kLane, call.pixels - p0);
+      F32 square[kLane];
+      for (int64_t p = 0; p < kLane; ++p) {
+        square[p] =
+            p < pixels ? load_up_to(call.data + (p0 + p) * call.data_stride + c0, channels) : F32{};
+      }
+      transpose(square);
+      for (int c = 0; c < channels; ++c) {
+        store_up_to(out + (c0 + c) * call.channel_stride + p0, square[c], pixels);
+      }
+    }
+  }
+}
+
 template <class S>
 void scatter_channels_last(const ScatterCall& call) {
   S* out = static_cast<S*>(call.out);
@@ -132,14 +180,19 @@ void gather(const GatherCall& call) {
   const bool adjacent = call.channel_stride == 1 && (!call.mask || call.mask_channel_stride == 1);
   const bool few = call.channels <= kLane && call.padded_channels <= kLane && !call.mask;
   visit_float_dtype(call.dtype, [&]<class S>(S) {
-    if (!adjacent) return gather_strided<S>(call);
+    if (!adjacent) {
+      const bool planes = call.pixel_stride == 1 && !call.mask && call.channels >= kLane / 2;
+      return planes ? gather_planes<S>(call) : gather_strided<S>(call);
+    }
     few ? gather_few_channels<S>(call) : gather_channels_last<S>(call);
   });
 }
 
 void scatter(const ScatterCall& call) {
   visit_float_dtype(call.dtype, [&]<class S>(S) {
-    call.channel_stride == 1 ? scatter_channels_last<S>(call) : scatter_strided<S>(call);
+    if (call.channel_stride == 1) return scatter_channels_last<S>(call);
+    const bool planes = call.pixel_stride == 1 && call.channels >= kLane / 2;
+    planes ? scatter_planes<S>(call) : scatter_strided<S>(call);
   });
 }
 

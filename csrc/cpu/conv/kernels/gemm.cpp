@@ -161,7 +161,7 @@ void outer_block(const OuterCall& call, const float* a, float* c) {
   for (int i = 0; i < kColumns; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      float* target = c + (static_cast<ptrdiff_t>(i) * kVectors + v) * kLane;
+      float* target = c + i * call.c_stride + v * kLane;
       store(target, call.accumulate ? load(target) + sums[i][v] : sums[i][v]);
     }
   }
@@ -180,8 +180,7 @@ void outer_columns(const OuterCall& call) {
       outer_kernels<kVectors>(std::make_integer_sequence<int, kOuterColumns>{});
   for (int first = 0; first < call.columns; first += kOuterColumns) {
     const int columns = call.columns - first < kOuterColumns ? call.columns - first : kOuterColumns;
-    kernels[columns - 1](call, call.a + first,
-                         call.c + static_cast<ptrdiff_t>(first) * kVectors * kLane);
+    kernels[columns - 1](call, call.a + first, call.c + first * call.c_stride);
   }
 }
 
