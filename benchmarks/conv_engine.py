@@ -1,8 +1,8 @@
-"""The CPU convolution engine by itself: per layer against oneDNN, picks against alternatives, accuracy.
+"""The CPU convolution engine by itself: against oneDNN, against its own alternatives, accuracy.
 
-    python benchmarks/conv_engine.py layers [--isa avx2]   # AlexNet's layers, forward and both gradients
-    python benchmarks/conv_engine.py picks                 # the cost model's pick against every alternative
-    python benchmarks/conv_engine.py accuracy              # error of every tile against float64
+    python benchmarks/conv_engine.py layers [--isa avx2]  # AlexNet: forward, gradients, linear
+    python benchmarks/conv_engine.py picks     # the cost model's pick and every alternative
+    python benchmarks/conv_engine.py accuracy  # error of every tile against float64
 
 Providers are interleaved and compared by medians; a pause after each oneDNN call lets torch's own
 threads, which spin for a while, go to sleep before the engine's are timed.
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,38 +114,48 @@ def onednn(shape: Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 def layers(isa: str) -> None:
     print(f"{'layer':8}{'pass':18}{'engine ms':>10}{'oneDNN ms':>11}{'ratio':>7}  plan")
     for name, shape in ALEXNET.items():
-        x, weight, bias, out = tensors(shape)
-        plan = Plan(shape, isa=isa)
-        packing = statistics.median(plan.pack(weight) for _ in range(5)) * 1e3
-        run = {"engine": lambda p=plan: p.forward(x, weight, bias, out)}
-        report(
-            name, "forward", interleave(run | {"oneDNN": onednn(shape, x, weight, bias)}, 9), plan
-        )
-        grad = torch.randn(shape.output_shape).contiguous(memory_format=NHWC)
-        sizes = (shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.groups)
-        for direction, wanted in (("input_gradient", 0), ("weight_gradient", 1)):
-            if name == "conv1" and wanted == 0:
-                continue
-            plan = Plan(shape, direction=direction, isa=isa)
-            plan.pack(weight)
-            results = (torch.empty_like(x), torch.empty_like(weight))
-            db = torch.empty(shape.filters)
-            if wanted == 0:
-                engine = lambda p=plan: p.input_gradient(grad, out, weight, results[0])  # noqa: E731
-            else:
-                engine = lambda p=plan: p.weight_gradient(grad, out, x, results[1], db)  # noqa: E731
-
-            def stock(wanted: int = wanted) -> None:
-                dz = torch.where(out > 0, grad, 0)
-                mask = [wanted == 0, wanted == 1, wanted == 1]
-                torch.ops.aten.convolution_backward(dz, x, weight, [shape.filters], *sizes, mask)
-
-            report(name, direction, interleave({"engine": engine, "oneDNN": timed(stock)}, 5), plan)
-        print(f"{name:8}{'packing':18}{packing:10.2f}")
-    for rows, (inputs, outputs) in itertools.product(
-        (1, 32), ((9216, 4096), (4096, 4096), (4096, 1000))
-    ):
+        forward_layer(name, shape, isa)
+        if name != "conv1":
+            gradient_layer(name, shape, isa, "input_gradient")
+        gradient_layer(name, shape, isa, "weight_gradient")
+    sizes = ((9216, 4096), (4096, 4096), (4096, 1000))
+    for rows, (inputs, outputs) in itertools.product((1, 32), sizes):
         linear(isa, rows, inputs, outputs)
+
+
+def forward_layer(name: str, shape: Shape, isa: str) -> None:
+    x, weight, bias, out = tensors(shape)
+    plan = Plan(shape, isa=isa)
+    packing = statistics.median(plan.pack(weight) for _ in range(5)) * 1e3
+    engine = lambda: plan.forward(x, weight, bias, out)  # noqa: E731
+    providers = {"engine": engine, "oneDNN": onednn(shape, x, weight, bias)}
+    report(name, "forward", interleave(providers, 9), plan)
+    print(f"{name:8}{'packing':18}{packing:10.2f}")
+
+
+def gradient_layer(name: str, shape: Shape, isa: str, direction: str) -> None:
+    """ReLU's mask included on both sides."""
+    x, weight, _, out = tensors(shape)
+    out.normal_()
+    grad = torch.randn(shape.output_shape).contiguous(memory_format=NHWC)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_bias = torch.empty(shape.filters)
+    plan = Plan(shape, direction=direction, isa=isa)
+    plan.pack(weight)
+    data = direction == "input_gradient"
+    sizes = (shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.groups)
+
+    def engine() -> float:
+        if data:
+            return plan.input_gradient(grad, out, weight, grad_x)
+        return plan.weight_gradient(grad, out, x, grad_weight, grad_bias)
+
+    def stock() -> None:
+        dz = torch.where(out > 0, grad, 0)
+        wanted = [data, not data, not data]
+        torch.ops.aten.convolution_backward(dz, x, weight, [shape.filters], *sizes, wanted)
+
+    report(name, direction, interleave({"engine": engine, "oneDNN": timed(stock)}, 5), plan)
 
 
 def linear(isa: str, rows: int, inputs: int, outputs: int) -> None:
@@ -155,7 +166,8 @@ def linear(isa: str, rows: int, inputs: int, outputs: int) -> None:
     result = interleave({"engine": lambda: plan.forward(x, bias, out), "oneDNN": stock}, 7)
     rate = weight.numel() * 4 / result["engine"] / 1e6
     print(
-        f"linear {rows}x{inputs}x{outputs}: engine {result['engine']:.2f} ms ({rate:.0f} GB/s of weights), "
+        f"linear {rows}x{inputs}x{outputs}: engine {result['engine']:.2f} ms "
+        f"({rate:.0f} GB/s of weights), "
         f"torch {result['oneDNN']:.2f} ms, ratio {result['engine'] / result['oneDNN']:.2f}",
         flush=True,
     )
@@ -171,27 +183,27 @@ def report(name: str, direction: str, result: dict[str, float], plan: Plan) -> N
 
 
 def compare_picks(isa: str) -> None:
-    within = []
-    for shape in picks():
-        x, weight, bias, out = tensors(shape)
-        plans = {"auto": Plan(shape, isa=isa), "direct": Plan(shape, isa=isa, engine="direct")}
-        for tile in range(3, 7):
-            plan = Plan(shape, isa=isa, engine="winograd", tile=tile)
-            if plan.chosen == "winograd":
-                plans[f"tile {tile}"] = plan
-        for plan in plans.values():
-            plan.pack(weight)
-        runs = {n: (lambda p=p: p.forward(x, weight, bias, out)) for n, p in plans.items()}
-        result = interleave(runs, 3)
-        best = min(v for k, v in result.items() if k != "auto")
-        within.append(result["auto"] / best)
-        times = "  ".join(f"{k} {v:.2f}" for k, v in result.items())
-        print(
-            f"{shape.input} -> {shape.filters} k{shape.kernel[0]} s{shape.stride[0]}: {times}",
-            flush=True,
-        )
+    within = [compare_pick(shape, isa) for shape in picks()]
     close = sum(ratio <= 1.15 for ratio in within)
     print(f"{close} of {len(within)} picks within 15 % of the best; worst {max(within):.2f}")
+
+
+def compare_pick(shape: Shape, isa: str) -> float:
+    """Time of the pick over that of the best alternative."""
+    x, weight, bias, out = tensors(shape)
+    plans = {"auto": Plan(shape, isa=isa), "direct": Plan(shape, isa=isa, engine="direct")}
+    for tile in range(3, 7):
+        plan = Plan(shape, isa=isa, engine="winograd", tile=tile)
+        if plan.chosen == "winograd":
+            plans[f"tile {tile}"] = plan
+    for plan in plans.values():
+        plan.pack(weight)
+    runs = {n: partial(p.forward, x, weight, bias, out) for n, p in plans.items()}
+    result = interleave(runs, 3)
+    times = "  ".join(f"{k} {v:.2f}" for k, v in result.items())
+    kernel = f"k{shape.kernel[0]} s{shape.stride[0]}"
+    print(f"{shape.input} -> {shape.filters} {kernel}: {times}", flush=True)
+    return result["auto"] / min(v for k, v in result.items() if k != "auto")
 
 
 def accuracy(isa: str) -> None:

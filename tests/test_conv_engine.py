@@ -1,8 +1,8 @@
 """The CPU convolution engine against float64, on every instruction set this machine has.
 
 Direct results must lie within (terms + 2) roundings of the sum of absolute products, element by
-element.  Winograd's contract is the documented one of its precision level: 1e-5 of the norm and 5e-5 of
-the largest output at "high", ten times that at "medium".
+element.  Winograd's contract is the documented one of its precision level: 1e-5 of the norm and
+5e-5 of the largest output at "high", ten times that at "medium".
 """
 
 from __future__ import annotations

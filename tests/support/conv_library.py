@@ -1,4 +1,4 @@
-"""The convolution engine as a stand-alone library: built with ninja, called through ctypes on tensors.
+"""The convolution engine as a stand-alone library, built with ninja and called through ctypes.
 
 No torch extension is involved, so that every instruction set can be tested side by side in one
 process, with any number of threads, and planted NaN around each buffer.

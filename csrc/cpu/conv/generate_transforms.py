@@ -1,10 +1,10 @@
 """Write kernels/transforms.h: the one-dimensional Winograd transforms of every nested tile pair.
 
-A tile F(m, r) computes m outputs of an r-tap correlation from n = m + r - 1 inputs by evaluating at
-n points (infinity and n - 1 finite ones).  A family F(m, r) + F(m - 1, r) nests: the small tile uses
-all points of the big one but the last, and the factor by which its weights would differ moves into its
-input transform.  One set of transformed weights then serves both, so that 13 = 5 + 4 + 4 is covered
-exactly.  B^T and A^T are dyadic, hence exact in float32; only G rounds.
+A tile F(m, r) computes m outputs of an r-tap correlation from n = m + r - 1 inputs by evaluating
+at n points (infinity and n - 1 finite ones).  A family F(m, r) + F(m - 1, r) nests: the small tile
+uses all points of the big one but the last, and the factor by which its weights would differ moves
+into its input transform.  One set of transformed weights then serves both, so that 13 = 5 + 4 + 4
+is covered exactly.  B^T and A^T are dyadic, hence exact in float32; only G rounds.
 
     python csrc/cpu/conv/generate_transforms.py            # writes the header
     python csrc/cpu/conv/generate_transforms.py --check    # fails if it is out of date
@@ -141,7 +141,7 @@ def names(array: str, count: int) -> list[str]:
 
 
 def paired(points: list[Fraction]) -> list[tuple[int, bool]]:
-    """(index, whether the next point is its negative): such a pair shares its even and odd parts."""
+    """(index, whether the next point is its negative): a pair shares its even and odd parts."""
     groups, i = [], 0
     while i < len(points):
         pair = i + 1 < len(points) and points[i] != 0 and points[i + 1] == -points[i]
