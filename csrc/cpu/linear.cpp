@@ -181,7 +181,7 @@ class Backward {
       conv::GradientOperands operands{};
       operands.dtype = problem_.dtype;
       operands.bias_gradient = call.bias_gradient;
-      conv::write_bias_gradient(operands, outputs_, 1, db_);
+      conv::write_bias_gradient(operands, outputs_, 0, db_);
     }
   }
 

@@ -206,14 +206,13 @@ class DirectRun {
     const int64_t count = std::min(part_.direct.pixels_per_band, pixels() - first);
     const float* a = source_.pixel(0, group, 0) + first * pixel_stride_;
     for (int panel = first_panel; panel < last_panel; ++panel) {
-      const Destination out =
-          destination(target_, 0, group, panel, 0, static_cast<int>(first), w.staging, 0);
+      const Destination out = destination(target_, 0, group, panel, 0, first, w.staging, 0);
       for (size_t pass = 0; pass < passes_.size(); ++pass) {
         multiply(group, panel, pass, a, count, out.data, out.pixel_stride);
       }
       if (out.staged) {
-        target_.write_row(0, group, panels_.first(panel), panels_.valid(panel), 0,
-                          static_cast<int>(first), count, out.data, out.pixel_stride);
+        target_.write_row(0, group, panels_.first(panel), panels_.valid(panel), 0, first, count,
+                          out.data, out.pixel_stride);
       }
     }
   }
@@ -224,7 +223,7 @@ class DirectRun {
     bool staged;
   };
   Destination destination(const OutputTarget& target, int64_t image, int group, int panel, int y,
-                          int x, float* staging, int64_t staged_width) const {
+                          int64_t x, float* staging, int64_t staged_width) const {
     const ptrdiff_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
     if (target.in_place() && panels_.valid(panel) == width) {
       void* pixel = target.pixel(image, group, panels_.first(panel), y, x);

@@ -202,7 +202,11 @@ class GradientRun {
       write_weight_gradient(part_, operands_, group, panels_.first(panel), panels_.valid(panel),
                             channel, static_cast<int>(width), taps.data());
     });
-    write_bias_gradient(operands_, panels_, g.groups, memory_.db);
+    if (!operands_.bias_gradient) return;
+    for (int group = 0; group < g.groups; ++group) {
+      write_bias_gradient(operands_, panels_, group,
+                          memory_.db + int64_t{group} * panels_.padded());
+    }
   }
 
   static constexpr int64_t kMaxRows = 64;

@@ -35,14 +35,11 @@ bool write_weight_gradient(const Part& part, const GradientOperands& operands, i
   return finite;
 }
 
-void write_bias_gradient(const GradientOperands& operands, const Panels& panels, int groups,
+void write_bias_gradient(const GradientOperands& operands, const Panels& panels, int group,
                          const float* sums) {
-  if (!operands.bias_gradient) return;
-  for (int g = 0; g < groups; ++g, sums += panels.padded()) {
-    for (int f = 0; f < panels.filters; ++f) {
-      write_element(operands.bias_gradient, operands.dtype, int64_t{g} * panels.filters + f,
-                    sums[f]);
-    }
+  for (int f = 0; f < panels.filters; ++f) {
+    write_element(operands.bias_gradient, operands.dtype, int64_t{group} * panels.filters + f,
+                  sums[f]);
   }
 }
 

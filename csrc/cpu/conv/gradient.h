@@ -27,7 +27,8 @@ void add_rows(const float* data, int64_t rows, int width, bool accumulate, float
 bool write_weight_gradient(const Part& part, const GradientOperands& operands, int group,
                            int filter, int filters, int channel, int width, const float* taps);
 
-void write_bias_gradient(const GradientOperands& operands, const Panels& panels, int groups,
+// One group's.
+void write_bias_gradient(const GradientOperands& operands, const Panels& panels, int group,
                          const float* sums);
 
 }  // namespace fastalex::cpu::conv

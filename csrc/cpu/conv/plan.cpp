@@ -195,11 +195,13 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
   }
 }
 
-// Decided as if for a fixed number of threads: another number must not change the results.
+// Decided as if for a fixed number of threads and a whole output: neither changes the results, or
+// which weights are packed.
 Part choose(const Request& actual, const Part& base) {
   constexpr int kPlanningThreads = 2;
   Request request = actual;
   request.threads = kPlanningThreads;
+  request.by_image = false;
   Part best = unfolded(base);
   best.engine = Engine::kDirect;
   finish(request, best);

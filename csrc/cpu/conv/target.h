@@ -25,18 +25,18 @@ class OutputTarget {
   ptrdiff_t pixel_stride() const { return output_.strides.w * part_.phase.step_w; }
   ptrdiff_t row_stride() const { return output_.strides.h * part_.phase.step_h; }
 
-  void* pixel(int64_t image, int group, int filter, int y, int x) const {
+  void* pixel(int64_t image, int group, int filter, int y, int64_t x) const {
     const Strides& s = output_.strides;
     const Phase& phase = part_.phase;
     return element_at(output_.data, dtype_,
                       image * s.n + (int64_t{group} * part_.geometry.filters + filter) * s.c +
                           (phase.first_h + int64_t{y} * phase.step_h) * s.h +
-                          (phase.first_w + int64_t{x} * phase.step_w) * s.w);
+                          (phase.first_w + x * phase.step_w) * s.w);
   }
 
   // Converts one row of pixels, data[x * stride + filter - first], into the caller's tensor.
-  void write_row(int64_t image, int group, int filter, int filters, int y, int x, int64_t pixels,
-                 const float* data, ptrdiff_t stride) const {
+  void write_row(int64_t image, int group, int filter, int filters, int y, int64_t x,
+                 int64_t pixels, const float* data, ptrdiff_t stride) const {
     ScatterCall call{};
     call.data = data;
     call.data_stride = stride;

@@ -19,12 +19,30 @@ namespace {
 constexpr int64_t kTilesPerRun = 160;
 constexpr int kOnePoint = 2;  // infinity, 0, 1, ...
 
+// Two schedules, by the choice's:
+//   shared   all workers transform a block of images, then share out the points; V and D pass
+//   through
+//            the last-level cache once.
+//   private  a worker keeps one group's V and one panel's D in its L2 and adds into the sums of one
+//            of a fixed number of partitions of the batch, which are then added in order.
+constexpr int kPartitions = 4;
+
+int partitions(const WinogradChoice& choice) {
+  return choice.schedule == Schedule::kPrivate ? kPartitions : 1;
+}
+
 struct Memory {
+  struct Worker {
+    float* window;
+    float* staging;
+    float* v;
+    float* d;
+  };
   float* zeros;
   float* v;   // [group] PointLayout of channel blocks
   float* d;   // [group][panel] PointLayout of one panel
-  float* du;  // [group][point][panel][channel][panel width]
-  float* db;  // [group][padded filters]
+  float* du;  // [group][partition][point][panel][channel][panel width]
+  float* db;  // [group][partition][padded filters]
   char* workers;
   size_t worker_bytes, total_bytes;
   ptrdiff_t v_floats, d_floats;
@@ -33,38 +51,42 @@ struct Memory {
     const Geometry& g = part.geometry;
     const WinogradChoice& choice = part.winograd;
     const TileBlock block{0, choice.images_per_block, 0, choice.rows.tiles()};
-    const int points = choice.kernels->points * choice.kernels->points;
+    const int64_t points = int64_t{choice.kernels->points} * choice.kernels->points;
+    const int64_t slices = int64_t{g.groups} * partitions(choice);
+    shared_ = choice.schedule == Schedule::kShared;
     v_floats = PointLayout(choice, block, int64_t{channel_blocks(g)} * kBlock).total();
     d_floats = PointLayout(choice, block, panels.width()).total();
     staging_floats_ = int64_t{choice.kernels->big} * g.out_width * g.filters;
     Arena arena(base);
     zeros = arena.take(zero_row_floats(g));
-    v = arena.take(g.groups * v_floats);
-    d = arena.take(g.groups * panels.count() * d_floats);
-    du = arena.take(int64_t{g.groups} * points * g.channels * panels.padded());
-    db = arena.take(int64_t{g.groups} * panels.padded());
+    v = arena.take(shared_ ? g.groups * v_floats : 0);
+    d = arena.take(shared_ ? g.groups * panels.count() * d_floats : 0);
+    du = arena.take(slices * points * g.channels * panels.padded());
+    db = arena.take(slices * panels.padded());
     workers = base ? base + arena.bytes() : nullptr;
     Arena measure;
-    window(measure), staging(measure);
+    worker(measure);
     worker_bytes = measure.bytes();
     total_bytes = arena.bytes() + threads * worker_bytes;
   }
 
-  struct Worker {
-    float* window;
-    float* staging;
-  };
   Worker worker(int index) const {
     Arena arena(workers + index * worker_bytes);
-    float* rows = window(arena);
-    return {rows, staging(arena)};
+    return worker(arena);
   }
 
  private:
-  float* window(Arena& arena) const { return arena.take(window_floats(part_)); }
-  float* staging(Arena& arena) const { return arena.take(staging_floats_); }
+  Worker worker(Arena& arena) const {
+    Worker w;
+    w.window = arena.take(window_floats(part_));
+    w.staging = arena.take(staging_floats_);
+    w.v = arena.take(shared_ ? 0 : v_floats);
+    w.d = arena.take(shared_ ? 0 : d_floats);
+    return w;
+  }
 
   const Part& part_;
+  bool shared_;
   int64_t staging_floats_;
 };
 
@@ -77,6 +99,7 @@ class GradientRun {
         geometry_(part.geometry),
         choice_(part.winograd),
         points_(choice_.kernels->points),
+        partitions_(partitions(choice_)),
         panels_{part.geometry.filters, kernels.lanes},
         gradient_geometry_(gradient_geometry(part.geometry)),
         source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, {}),
@@ -89,132 +112,222 @@ class GradientRun {
 
   // False when a sum met NaN or infinity, which the transforms would have spread.
   bool run() {
-    for (int64_t begin = 0; begin < geometry_.images; begin += choice_.images_per_block) {
-      const int64_t images = std::min(choice_.images_per_block, geometry_.images - begin);
-      const TileBlock block{begin, images, 0, choice_.rows.tiles()};
-      transform(block);
-      multiply(block, begin > 0);
-    }
+    choice_.schedule == Schedule::kShared ? run_shared() : run_private();
     finish();
     return finite_.load();
   }
 
  private:
-  void transform(const TileBlock& block) {
+  void run_shared() {
+    for (int64_t begin = 0; begin < geometry_.images; begin += choice_.images_per_block) {
+      const int64_t images = std::min(choice_.images_per_block, geometry_.images - begin);
+      const TileBlock block{begin, images, 0, choice_.rows.tiles()};
+      transform_shared(block);
+      multiply_shared(block, begin > 0);
+    }
+  }
+
+  void transform_shared(const TileBlock& block) {
     const int rows = choice_.rows.tiles(), groups = geometry_.groups;
-    const PointLayout v_layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
     run_jobs(block.images * groups * rows, operands_.threads, [&](int worker, int64_t job) {
       const int row = static_cast<int>(job % rows);
       const int group = static_cast<int>(job / rows % groups);
       const int64_t image = job / rows / groups;
       const Memory::Worker w = memory_.worker(worker);
       RowWindow window(source_, geometry_, w.window, points_, channel_blocks(geometry_) * kBlock);
-      transform_.row(v_layout, block, image, group, row, 0, channel_blocks(geometry_), window,
-                     memory_.v + group * memory_.v_floats);
-      transform_gradient(block, image, group, row, w);
+      transform_row(block, image, group, row, window, memory_.v + group * memory_.v_floats);
+      const Rows gradient = gradient_rows(block, image, group, row, w.staging);
+      for (int panel = 0; panel < panels_.count(); ++panel) {
+        transform_gradient(block, image, row, panel, gradient, shared_gradient(group, panel));
+      }
     });
   }
 
-  // A dy A^T of one tile row, all panels of filters.
-  void transform_gradient(const TileBlock& block, int64_t image, int group, int row,
-                          const Memory::Worker& w) const {
-    const int y = tile_position(choice_.rows, choice_.kernels->big, row);
-    const bool big = row < choice_.rows.big;
-    const int rows = choice_.kernels->big - (big ? 0 : 1);
-    const int64_t source_image = block.image_begin + image;
-    GradientRowCall call{};
-    const float* pixels;
-    if (gradient_.in_place()) {
-      pixels = gradient_.pixel(source_image, group, y);
-      call.pixel_stride = gradient_.pixel_stride();
-      call.row_stride = gradient_.row_stride();
-    } else {
-      pixels = w.staging;
-      call.pixel_stride = geometry_.filters;
-      call.row_stride = int64_t{geometry_.out_width} * geometry_.filters;
-      for (int i = 0; i < rows; ++i) {
-        gradient_.read_pixels(source_image, group, y + i, 0, geometry_.out_width,
-                              w.staging + i * call.row_stride);
-      }
-    }
-    call.columns = choice_.columns;
-    call.big_row = big;
-    std::array<float*, kMaxPoints * kMaxPoints> streams;
-    call.points = streams.data();
-    for (int panel = 0; panel < panels_.count(); ++panel) {
-      const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-      const PointLayout layout(choice_, block, width);
-      float* d = panel_gradient(group, panel);
-      for (int p = 0; p < points_ * points_; ++p) {
-        streams[p] = d + layout.base(p) + layout.row_tile(p, image, row) * width;
-      }
-      call.gradient = pixels + panels_.first(panel);
-      call.vectors = panels_.vectors(panel);
-      call.channels = panels_.valid(panel);
-      choice_.kernels->gradient_row(call);
-    }
-  }
-
-  float* panel_gradient(int group, int panel) const {
-    return memory_.d + (int64_t{group} * panels_.count() + panel) * memory_.d_floats;
-  }
-  float* point_sums(int group, int point, int panel) const {
-    const int64_t padded = panels_.padded();
-    return memory_.du +
-           ((int64_t{group} * points_ * points_ + point) * padded + panels_.first(panel)) *
-               geometry_.channels;
-  }
-
-  void multiply(const TileBlock& block, bool accumulate) {
+  void multiply_shared(const TileBlock& block, bool accumulate) {
     const int count = points_ * points_;
     run_jobs(int64_t{geometry_.groups} * count, operands_.threads, [&](int, int64_t job) {
       const int group = static_cast<int>(job / count), point = static_cast<int>(job % count);
-      multiply_point(block, group, point, accumulate);
-      if (point == kOnePoint * points_ + kOnePoint) sum_bias(block, group, accumulate);
+      const float* v = memory_.v + group * memory_.v_floats;
+      for (int panel = 0; panel < panels_.count(); ++panel) {
+        multiply_point(block, point, panel, v, shared_gradient(group, panel),
+                       sums(group, 0, point, panel), accumulate);
+        if (point != one_point()) continue;
+        sum_bias(block, panel, shared_gradient(group, panel), bias_sums(group, 0, panel),
+                 accumulate);
+      }
     });
   }
 
-  // dU[point] (+)= V[point]^T D[point] over the block's tiles, for every panel.
-  void multiply_point(const TileBlock& block, int group, int point, bool accumulate) {
-    const PointLayout v_layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
-    const int64_t tiles = v_layout.tiles(point);
-    const float* v = memory_.v + group * memory_.v_floats + v_layout.base(point);
-    for (int64_t first = 0; first < tiles; first += kTilesPerRun) {
-      const Segment run{0, static_cast<int>(std::min(kTilesPerRun, tiles - first))};
-      for (int panel = 0; panel < panels_.count(); ++panel) {
-        const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-        const PointLayout d_layout(choice_, block, width);
-        OuterCall call{};
-        call.step = kBlock;
-        call.segments = &run;
-        call.segment_count = 1;
-        call.b = panel_gradient(group, panel) + d_layout.base(point) + first * width;
-        call.vectors = panels_.vectors(panel);
-        call.c_stride = width;
-        call.accumulate = accumulate || first > 0;
-        for (int c = 0; c < geometry_.channels; c += kBlock) {
-          call.a = v + c * tiles + first * kBlock;
-          call.columns = std::min(kBlock, geometry_.channels - c);
-          call.c = point_sums(group, point, panel) + c * width;
-          kernels_.outer(call);
-        }
+  void run_private() {
+    run_jobs(int64_t{geometry_.groups} * partitions_, operands_.threads,
+             [&](int worker, int64_t job) {
+               run_partition(static_cast<int>(job) / partitions_,
+                             static_cast<int>(job) % partitions_, memory_.worker(worker));
+             });
+    add_partitions();
+  }
+
+  void run_partition(int group, int partition, const Memory::Worker& w) {
+    const int64_t first = geometry_.images * partition / partitions_;
+    const int64_t last = geometry_.images * (partition + 1) / partitions_;
+    for (int64_t begin = first; begin < last; begin += choice_.images_per_block) {
+      const int64_t images = std::min(choice_.images_per_block, last - begin);
+      run_private_block({begin, images, 0, choice_.rows.tiles()}, group, partition, begin > first,
+                        w);
+    }
+    if (first < last) return;
+    std::fill_n(sums(group, partition, 0, 0),
+                int64_t{points_} * points_ * panels_.padded() * geometry_.channels, 0.0f);
+    std::fill_n(bias_sums(group, partition, 0), panels_.padded(), 0.0f);
+  }
+
+  void run_private_block(const TileBlock& block, int group, int partition, bool accumulate,
+                         const Memory::Worker& w) {
+    RowWindow window(source_, geometry_, w.window, points_, channel_blocks(geometry_) * kBlock);
+    for (int64_t image = 0; image < block.images; ++image) {
+      for (int row = 0; row < block.row_end; ++row) {
+        transform_row(block, image, group, row, window, w.v);
       }
     }
-    if (tiles == 0 && !accumulate) {
-      std::fill_n(point_sums(group, point, 0), int64_t{panels_.padded()} * geometry_.channels,
-                  0.0f);
+    for (int panel = 0; panel < panels_.count(); ++panel) {
+      for (int64_t image = 0; image < block.images; ++image) {
+        for (int row = 0; row < block.row_end; ++row) {
+          const Rows gradient = gradient_rows(block, image, group, row, w.staging, panel);
+          transform_gradient(block, image, row, panel, gradient, w.d);
+        }
+      }
+      for (int point = 0; point < points_ * points_; ++point) {
+        multiply_point(block, point, panel, w.v, w.d, sums(group, partition, point, panel),
+                       accumulate);
+      }
+      sum_bias(block, panel, w.d, bias_sums(group, partition, panel), accumulate);
     }
   }
 
-  void sum_bias(const TileBlock& block, int group, bool accumulate) {
-    const int point = kOnePoint * points_ + kOnePoint;
-    for (int panel = 0; panel < panels_.count(); ++panel) {
-      const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-      const PointLayout layout(choice_, block, width);
-      const float* d = panel_gradient(group, panel) + layout.base(point);
-      float* sums = memory_.db + int64_t{group} * panels_.padded() + panels_.first(panel);
-      add_rows(d, layout.tiles(point), static_cast<int>(width), accumulate, sums);
+  // Into the first partition's sums, in order.
+  void add_partitions() {
+    const int count = points_ * points_;
+    const int64_t floats = int64_t{panels_.padded()} * geometry_.channels;
+    run_jobs(int64_t{geometry_.groups} * count, operands_.threads, [&](int, int64_t job) {
+      const int group = static_cast<int>(job / count), point = static_cast<int>(job % count);
+      float* total = sums(group, 0, point, 0);
+      for (int partition = 1; partition < partitions_; ++partition) {
+        const float* part = sums(group, partition, point, 0);
+        for (int64_t i = 0; i < floats; ++i) total[i] += part[i];
+      }
+    });
+    for (int group = 0; group < geometry_.groups; ++group) {
+      for (int partition = 1; partition < partitions_; ++partition) {
+        for (int i = 0; i < panels_.padded(); ++i) {
+          bias_sums(group, 0, 0)[i] += bias_sums(group, partition, 0)[i];
+        }
+      }
     }
+  }
+
+  void transform_row(const TileBlock& block, int64_t image, int group, int row, RowWindow& window,
+                     float* v) const {
+    const PointLayout layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
+    transform_.row(layout, block, image, group, row, 0, channel_blocks(geometry_), window, v);
+  }
+
+  // The output gradient under one row of tiles, from the filters' first panel on.
+  struct Rows {
+    const float* data;
+    ptrdiff_t pixel_stride, row_stride;
+    int first_panel;
+  };
+
+  // In the caller's memory if that can be read as it is, else converted into `staging`: all panels,
+  // or only the one asked for.
+  Rows gradient_rows(const TileBlock& block, int64_t image, int group, int row, float* staging,
+                     int only_panel = -1) const {
+    const int y = tile_position(choice_.rows, choice_.kernels->big, row);
+    const int rows = choice_.kernels->big - (row < choice_.rows.big ? 0 : 1);
+    const int64_t source_image = block.image_begin + image;
+    if (gradient_.in_place()) {
+      return {gradient_.pixel(source_image, group, y), gradient_.pixel_stride(),
+              gradient_.row_stride(), 0};
+    }
+    const bool all = only_panel < 0;
+    const int first = all ? 0 : panels_.first(only_panel);
+    const int filters = all ? panels_.filters : panels_.valid(only_panel);
+    const ptrdiff_t row_stride = int64_t{geometry_.out_width} * filters;
+    for (int i = 0; i < rows; ++i) {
+      gradient_.read_channels(source_image, group, first, filters, y + i, staging + i * row_stride,
+                              filters);
+    }
+    return {staging, filters, row_stride, all ? 0 : only_panel};
+  }
+
+  // A dy A^T of one tile row and panel.
+  void transform_gradient(const TileBlock& block, int64_t image, int row, int panel,
+                          const Rows& gradient, float* d) const {
+    const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
+    const PointLayout layout(choice_, block, width);
+    std::array<float*, kMaxPoints * kMaxPoints> streams;
+    for (int p = 0; p < points_ * points_; ++p) {
+      streams[p] = d + layout.base(p) + layout.row_tile(p, image, row) * width;
+    }
+    GradientRowCall call{};
+    call.gradient = gradient.data + panels_.first(panel) - panels_.first(gradient.first_panel);
+    call.pixel_stride = gradient.pixel_stride;
+    call.row_stride = gradient.row_stride;
+    call.vectors = panels_.vectors(panel);
+    call.channels = panels_.valid(panel);
+    call.columns = choice_.columns;
+    call.big_row = row < choice_.rows.big;
+    call.points = streams.data();
+    choice_.kernels->gradient_row(call);
+  }
+
+  int one_point() const { return kOnePoint * points_ + kOnePoint; }
+  float* shared_gradient(int group, int panel) const {
+    return memory_.d + (int64_t{group} * panels_.count() + panel) * memory_.d_floats;
+  }
+  float* sums(int group, int partition, int point, int panel) const {
+    const int64_t slice = int64_t{group} * partitions_ + partition;
+    const int64_t filters = (slice * points_ * points_ + point) * panels_.padded();
+    return memory_.du + (filters + panels_.first(panel)) * geometry_.channels;
+  }
+  float* bias_sums(int group, int partition, int panel) const {
+    return memory_.db + (int64_t{group} * partitions_ + partition) * panels_.padded() +
+           panels_.first(panel);
+  }
+
+  // sums (+)= V[point]^T D[point] over the block's tiles, for one panel.
+  void multiply_point(const TileBlock& block, int point, int panel, const float* v, const float* d,
+                      float* sums, bool accumulate) const {
+    const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
+    const PointLayout v_layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
+    const PointLayout d_layout(choice_, block, width);
+    const int64_t tiles = v_layout.tiles(point);
+    if (tiles == 0 && !accumulate) std::fill_n(sums, geometry_.channels * width, 0.0f);
+    for (int64_t first = 0; first < tiles; first += kTilesPerRun) {
+      const Segment run{0, static_cast<int>(std::min(kTilesPerRun, tiles - first))};
+      OuterCall call{};
+      call.step = kBlock;
+      call.segments = &run;
+      call.segment_count = 1;
+      call.b = d + d_layout.base(point) + first * width;
+      call.vectors = panels_.vectors(panel);
+      call.c_stride = width;
+      call.accumulate = accumulate || first > 0;
+      for (int c = 0; c < geometry_.channels; c += kBlock) {
+        call.a = v + v_layout.base(point) + c * tiles + first * kBlock;
+        call.columns = std::min(kBlock, geometry_.channels - c);
+        call.c = sums + c * width;
+        kernels_.outer(call);
+      }
+    }
+  }
+
+  void sum_bias(const TileBlock& block, int panel, const float* d, float* sums,
+                bool accumulate) const {
+    const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
+    const PointLayout layout(choice_, block, width);
+    add_rows(d + layout.base(one_point()), layout.tiles(one_point()), static_cast<int>(width),
+             accumulate, sums);
   }
 
   // G^T dU G, and from panels into the caller's layout.
@@ -228,7 +341,10 @@ class GradientRun {
       const int last = std::min(first + kBlock, geometry_.channels);
       for (int c = first; c < last; ++c) finish_channel(group, panel, c);
     });
-    write_bias_gradient(operands_, panels_, geometry_.groups, memory_.db);
+    if (!operands_.bias_gradient) return;
+    for (int group = 0; group < geometry_.groups; ++group) {
+      write_bias_gradient(operands_, panels_, group, bias_sums(group, 0, 0));
+    }
   }
 
   void finish_channel(int group, int panel, int channel) {
@@ -236,7 +352,7 @@ class GradientRun {
     alignas(kAlignment) float taps[kMaxTaps * kMaxPanel];
     const int vectors = panels_.vectors(panel);
     const int64_t width = int64_t{vectors} * kernels_.lanes;
-    choice_.kernels->weight_gradient(point_sums(group, 0, panel) + channel * width,
+    choice_.kernels->weight_gradient(sums(group, 0, 0, panel) + channel * width,
                                      int64_t{panels_.padded()} * geometry_.channels, vectors, taps);
     if (!write_weight_gradient(part_, operands_, group, panels_.first(panel), panels_.valid(panel),
                                channel, static_cast<int>(width), taps)) {
@@ -249,7 +365,7 @@ class GradientRun {
   const GradientOperands& operands_;
   const Geometry& geometry_;
   const WinogradChoice& choice_;
-  const int points_;
+  const int points_, partitions_;
   const Panels panels_;
   const Fold no_fold_;
   const Geometry gradient_geometry_;
@@ -263,19 +379,29 @@ class GradientRun {
 }  // namespace
 
 void block_winograd_gradient(const ConvKernels& kernels, Part& part, int threads) {
-  constexpr int64_t kBlockBytes = 16 << 20;  // V and D of a block share half a last-level cache
+  // Sums small enough to be revisited for every few images, and V for a worker's L2: private.
+  // Otherwise V and D of a block share half a last-level cache.
+  constexpr int64_t kPrivateSums = 2 << 20, kPrivateBytes = 1280 << 10, kBlockBytes = 16 << 20;
   const Geometry& g = part.geometry;
   WinogradChoice& choice = part.winograd;
   const Panels panels{g.filters, kernels.lanes};
+  const int64_t points = int64_t{choice.kernels->points} * choice.kernels->points;
+  const int64_t images = std::max<int64_t>(1, g.images);
   const TileBlock image{0, 1, 0, choice.rows.tiles()};
-  const int64_t floats =
-      PointLayout(choice, image, int64_t{channel_blocks(g)} * kBlock + panels.padded()).total();
-  const int64_t fitting =
-      std::clamp<int64_t>(kBlockBytes / (4 * g.groups * floats), 1, std::max<int64_t>(1, g.images));
-  choice.images_per_block =
-      ceil_div(std::max<int64_t>(1, g.images), ceil_div(std::max<int64_t>(1, g.images), fitting));
+  const int64_t channels = int64_t{channel_blocks(g)} * kBlock;
+  const int64_t v_bytes = 4 * PointLayout(choice, image, channels).total();
+  const bool small = 4 * points * g.channels * panels.padded() <= kPrivateSums;
   choice.rows_per_block = choice.rows.tiles();
-  choice.schedule = Schedule::kShared;
+  if (small && v_bytes <= kPrivateBytes && images * g.groups >= 2 * kPartitions) {
+    choice.schedule = Schedule::kPrivate;
+    choice.images_per_block =
+        std::clamp<int64_t>(kPrivateBytes / v_bytes, 1, ceil_div(images, kPartitions));
+  } else {
+    choice.schedule = Schedule::kShared;
+    const int64_t floats = PointLayout(choice, image, channels + panels.padded()).total();
+    const int64_t fitting = std::clamp<int64_t>(kBlockBytes / (4 * g.groups * floats), 1, images);
+    choice.images_per_block = ceil_div(images, ceil_div(images, fitting));
+  }
   part.packed_bytes = 0;
   part.scratch_bytes = Memory(part, panels, nullptr, threads).total_bytes;
 }
