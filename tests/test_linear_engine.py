@@ -16,8 +16,10 @@ SIZES = [(1, 64, 64), (5, 300, 33), (14, 17, 1000), (40, 515, 70), (3, 1, 1)]
 
 
 def assert_within(actual: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
-    bound = (terms + 2) * EPS * magnitude + torch.finfo(actual.dtype).eps * expected.abs()
-    assert ((actual.double() - expected).abs() <= bound + 1e-37).all()
+    kind = torch.finfo(actual.dtype)
+    bound = (terms + 2) * EPS * magnitude + kind.eps * expected.abs()
+    subnormal = kind.smallest_normal * kind.eps
+    assert ((actual.double() - expected).abs() <= bound + subnormal).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
