@@ -16,6 +16,16 @@ int64_t transformed_bytes(const WinogradChoice& choice, const Geometry& g, int64
   return 4 * PointLayout(choice, block, int64_t{channel_blocks(g)} * kBlock).total();
 }
 
+// Tile rows of a strip: as many as share L2 with their products, but enough tiles for the rows of
+// the micro-kernel.
+int64_t strip_rows(const WinogradChoice& choice, const Geometry& g) {
+  constexpr int64_t kTiles = 28;
+  const int64_t rows = choice.rows.tiles();
+  const int64_t bytes = transformed_bytes(choice, g, 1, choice.rows.tiles());
+  const int64_t fitting = kStripBytes * rows / bytes;
+  return std::clamp(std::max(fitting, ceil_div(kTiles, choice.columns.tiles())), int64_t{1}, rows);
+}
+
 // Whole images while they fit; else strips of tile rows.
 void block_private(WinogradChoice& choice, const Geometry& g, int threads) {
   choice.schedule = Schedule::kPrivate;
@@ -30,9 +40,8 @@ void block_private(WinogradChoice& choice, const Geometry& g, int threads) {
     return;
   }
   choice.images_per_block = 1;
-  const int64_t fitting = std::clamp<int64_t>(kStripBytes * rows / image_bytes, 1, rows);
   const int64_t strips =
-      std::max(ceil_div(rows, fitting), ceil_div(jobs_wanted, g.images * g.groups));
+      std::max(ceil_div(rows, strip_rows(choice, g)), ceil_div(jobs_wanted, g.images * g.groups));
   choice.rows_per_block = static_cast<int>(ceil_div(rows, std::min<int64_t>(strips, rows)));
 }
 
@@ -42,8 +51,7 @@ void block_image(WinogradChoice& choice, const Geometry& g) {
   choice.images_per_block = 1;
   const int rows = choice.rows.tiles();
   const int64_t bytes = transformed_bytes(choice, g, 1, rows);
-  const int64_t fitting =
-      bytes <= kPrivateBytes / 2 ? rows : std::clamp<int64_t>(kStripBytes * rows / bytes, 1, rows);
+  const int64_t fitting = bytes <= kPrivateBytes / 2 ? rows : strip_rows(choice, g);
   choice.rows_per_block = static_cast<int>(ceil_div(rows, ceil_div(rows, fitting)));
 }
 
