@@ -6,9 +6,9 @@
 namespace fastalex::cpu::conv {
 namespace {
 
-// V of one worker's block, most of an L2 and some beyond; V of a strip, which shares L2 with its
-// products; V of all workers, under half of a last-level cache.
-constexpr int64_t kPrivateBytes = 1536 << 10, kStripBytes = 384 << 10, kSharedBytes = 14 << 20;
+// V and one panel's products of a worker's block, an L2 and some beyond; V of a strip; V of all
+// workers, under half of a last-level cache.
+constexpr int64_t kPrivateBytes = 1344 << 10, kStripBytes = 384 << 10, kSharedBytes = 14 << 20;
 
 int64_t transformed_bytes(const WinogradChoice& choice, const Geometry& g, int64_t images,
                           int rows) {
@@ -27,14 +27,17 @@ int64_t strip_rows(const WinogradChoice& choice, const Geometry& g) {
 }
 
 // Whole images while they fit; else strips of tile rows.
-void block_private(WinogradChoice& choice, const Geometry& g, int threads) {
+void block_private(WinogradChoice& choice, const Geometry& g, int panel, int threads) {
   choice.schedule = Schedule::kPrivate;
   const int rows = choice.rows.tiles();
   const int64_t image_bytes = transformed_bytes(choice, g, 1, rows);
   const int64_t jobs_wanted = 2 * threads;
   const int64_t even = g.images * g.groups / jobs_wanted;
-  if (image_bytes <= kPrivateBytes / 2 && even >= 1) {
-    const int64_t fitting = std::min({kPrivateBytes / image_bytes, even, g.images});
+  if (image_bytes <= kPrivateBytes * 5 / 8 && even >= 1) {
+    const TileBlock image{0, 1, 0, rows};
+    const int64_t product_bytes = 4 * PointLayout(choice, image, panel).total();
+    const int64_t fitting = std::clamp<int64_t>(kPrivateBytes / (image_bytes + product_bytes), 1,
+                                                std::min(even, g.images));
     choice.images_per_block = ceil_div(g.images, ceil_div(g.images, fitting));
     choice.rows_per_block = rows;
     return;
@@ -51,7 +54,7 @@ void block_image(WinogradChoice& choice, const Geometry& g) {
   choice.images_per_block = 1;
   const int rows = choice.rows.tiles();
   const int64_t bytes = transformed_bytes(choice, g, 1, rows);
-  const int64_t fitting = bytes <= kPrivateBytes / 2 ? rows : strip_rows(choice, g);
+  const int64_t fitting = bytes <= kPrivateBytes * 5 / 8 ? rows : strip_rows(choice, g);
   choice.rows_per_block = static_cast<int>(ceil_div(rows, ceil_div(rows, fitting)));
 }
 
@@ -88,7 +91,7 @@ void block_winograd(const ConvKernels& kernels, Part& part, int threads) {
   const int points = choice.kernels->points;
   const int64_t weight_bytes = int64_t{4} * points * points * g.channels * panels.padded();
   WinogradChoice shared = choice;
-  block_private(choice, g, threads);
+  block_private(choice, g, panels.width(), threads);
   block_shared(shared, g);
   const double bytes = static_cast<double>(weight_bytes);
   if (part.by_image) {

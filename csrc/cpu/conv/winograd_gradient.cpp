@@ -90,6 +90,21 @@ struct Memory {
   int64_t staging_floats_;
 };
 
+// Where the points of a block lie, in V and in D; computed once per block, not per product.
+struct Layouts {
+  PointLayout v, whole_panel, last_panel;
+  int last;
+
+  Layouts(const WinogradChoice& choice, const Geometry& g, const Panels& panels,
+          const TileBlock& block)
+      : v(choice, block, int64_t{channel_blocks(g)} * kBlock),
+        whole_panel(choice, block, panels.width()),
+        last_panel(choice, block, int64_t{panels.vectors(panels.count() - 1)} * panels.lanes),
+        last(panels.count() - 1) {}
+
+  const PointLayout& d(int panel) const { return panel == last ? last_panel : whole_panel; }
+};
+
 class GradientRun {
  public:
   GradientRun(const ConvKernels& kernels, const Part& part, const GradientOperands& operands)
@@ -122,12 +137,13 @@ class GradientRun {
     for (int64_t begin = 0; begin < geometry_.images; begin += choice_.images_per_block) {
       const int64_t images = std::min(choice_.images_per_block, geometry_.images - begin);
       const TileBlock block{begin, images, 0, choice_.rows.tiles()};
-      transform_shared(block);
-      multiply_shared(block, begin > 0);
+      const Layouts layouts(choice_, geometry_, panels_, block);
+      transform_shared(block, layouts);
+      multiply_shared(layouts, begin > 0);
     }
   }
 
-  void transform_shared(const TileBlock& block) {
+  void transform_shared(const TileBlock& block, const Layouts& layouts) {
     const int rows = choice_.rows.tiles(), groups = geometry_.groups;
     run_jobs(block.images * groups * rows, operands_.threads, [&](int worker, int64_t job) {
       const int row = static_cast<int>(job % rows);
@@ -135,24 +151,25 @@ class GradientRun {
       const int64_t image = job / rows / groups;
       const Memory::Worker w = memory_.worker(worker);
       RowWindow window(source_, geometry_, w.window, points_, channel_blocks(geometry_) * kBlock);
-      transform_row(block, image, group, row, window, memory_.v + group * memory_.v_floats);
+      transform_row(block, layouts, image, group, row, window,
+                    memory_.v + group * memory_.v_floats);
       const Rows gradient = gradient_rows(block, image, group, row, w.staging);
       for (int panel = 0; panel < panels_.count(); ++panel) {
-        transform_gradient(block, image, row, panel, gradient, shared_gradient(group, panel));
+        transform_gradient(layouts, image, row, panel, gradient, shared_gradient(group, panel));
       }
     });
   }
 
-  void multiply_shared(const TileBlock& block, bool accumulate) {
+  void multiply_shared(const Layouts& layouts, bool accumulate) {
     const int count = points_ * points_;
     run_jobs(int64_t{geometry_.groups} * count, operands_.threads, [&](int, int64_t job) {
       const int group = static_cast<int>(job / count), point = static_cast<int>(job % count);
       const float* v = memory_.v + group * memory_.v_floats;
       for (int panel = 0; panel < panels_.count(); ++panel) {
-        multiply_point(block, point, panel, v, shared_gradient(group, panel),
+        multiply_point(layouts, point, panel, v, shared_gradient(group, panel),
                        sums(group, 0, point, panel), accumulate);
         if (point != one_point()) continue;
-        sum_bias(block, panel, shared_gradient(group, panel), bias_sums(group, 0, panel),
+        sum_bias(layouts, panel, shared_gradient(group, panel), bias_sums(group, 0, panel),
                  accumulate);
       }
     });
@@ -183,24 +200,25 @@ class GradientRun {
 
   void run_private_block(const TileBlock& block, int group, int partition, bool accumulate,
                          const Memory::Worker& w) {
+    const Layouts layouts(choice_, geometry_, panels_, block);
     RowWindow window(source_, geometry_, w.window, points_, channel_blocks(geometry_) * kBlock);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int row = 0; row < block.row_end; ++row) {
-        transform_row(block, image, group, row, window, w.v);
+        transform_row(block, layouts, image, group, row, window, w.v);
       }
     }
     for (int panel = 0; panel < panels_.count(); ++panel) {
       for (int64_t image = 0; image < block.images; ++image) {
         for (int row = 0; row < block.row_end; ++row) {
           const Rows gradient = gradient_rows(block, image, group, row, w.staging, panel);
-          transform_gradient(block, image, row, panel, gradient, w.d);
+          transform_gradient(layouts, image, row, panel, gradient, w.d);
         }
       }
       for (int point = 0; point < points_ * points_; ++point) {
-        multiply_point(block, point, panel, w.v, w.d, sums(group, partition, point, panel),
+        multiply_point(layouts, point, panel, w.v, w.d, sums(group, partition, point, panel),
                        accumulate);
       }
-      sum_bias(block, panel, w.d, bias_sums(group, partition, panel), accumulate);
+      sum_bias(layouts, panel, w.d, bias_sums(group, partition, panel), accumulate);
     }
   }
 
@@ -225,10 +243,9 @@ class GradientRun {
     }
   }
 
-  void transform_row(const TileBlock& block, int64_t image, int group, int row, RowWindow& window,
-                     float* v) const {
-    const PointLayout layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
-    transform_.row(layout, block, image, group, row, 0, channel_blocks(geometry_), window, v);
+  void transform_row(const TileBlock& block, const Layouts& layouts, int64_t image, int group,
+                     int row, RowWindow& window, float* v) const {
+    transform_.row(layouts.v, block, image, group, row, 0, channel_blocks(geometry_), window, v);
   }
 
   // The output gradient under one row of tiles, from the filters' first panel on.
@@ -261,10 +278,10 @@ class GradientRun {
   }
 
   // A dy A^T of one tile row and panel.
-  void transform_gradient(const TileBlock& block, int64_t image, int row, int panel,
+  void transform_gradient(const Layouts& layouts, int64_t image, int row, int panel,
                           const Rows& gradient, float* d) const {
     const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-    const PointLayout layout(choice_, block, width);
+    const PointLayout& layout = layouts.d(panel);
     std::array<float*, kMaxPoints * kMaxPoints> streams;
     for (int p = 0; p < points_ * points_; ++p) {
       streams[p] = d + layout.base(p) + layout.row_tile(p, image, row) * width;
@@ -296,11 +313,10 @@ class GradientRun {
   }
 
   // sums (+)= V[point]^T D[point] over the block's tiles, for one panel.
-  void multiply_point(const TileBlock& block, int point, int panel, const float* v, const float* d,
+  void multiply_point(const Layouts& layouts, int point, int panel, const float* v, const float* d,
                       float* sums, bool accumulate) const {
     const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-    const PointLayout v_layout(choice_, block, int64_t{channel_blocks(geometry_)} * kBlock);
-    const PointLayout d_layout(choice_, block, width);
+    const PointLayout &v_layout = layouts.v, &d_layout = layouts.d(panel);
     const int64_t tiles = v_layout.tiles(point);
     if (tiles == 0 && !accumulate) std::fill_n(sums, geometry_.channels * width, 0.0f);
     for (int64_t first = 0; first < tiles; first += kTilesPerRun) {
@@ -322,10 +338,10 @@ class GradientRun {
     }
   }
 
-  void sum_bias(const TileBlock& block, int panel, const float* d, float* sums,
+  void sum_bias(const Layouts& layouts, int panel, const float* d, float* sums,
                 bool accumulate) const {
     const int64_t width = int64_t{panels_.vectors(panel)} * kernels_.lanes;
-    const PointLayout layout(choice_, block, width);
+    const PointLayout& layout = layouts.d(panel);
     add_rows(d + layout.base(one_point()), layout.tiles(one_point()), static_cast<int>(width),
              accumulate, sums);
   }
