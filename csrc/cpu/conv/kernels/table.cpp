@@ -1,0 +1,34 @@
+// One instruction set's table of convolution kernels.
+#include "../../isa.h"
+#include "../../vec.h"
+#include "copy.h"
+#include "gemm.h"
+#include "winograd_rows.h"
+
+namespace fastalex::cpu::FASTALEX_ISA {
+namespace {
+
+const conv::WinogradKernels* winograd(int taps, int big) {
+  switch (taps) {
+    case 2:
+      return winograd_2(big);
+    case 3:
+      return winograd_3(big);
+    case 4:
+      return winograd_4(big);
+    case 5:
+      return winograd_5(big);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+
+const conv::ConvKernels& conv_kernels() {
+  static constexpr conv::ConvKernels kernels{kLanes<float>, kMaxRows, gemm,    outer,
+                                             gather,        scatter,  winograd};
+  return kernels;
+}
+
+}  // namespace fastalex::cpu::FASTALEX_ISA
