@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops.h"
+
 namespace fastalex {
 
 struct LaunchShape {
@@ -33,8 +35,6 @@ std::string kernel_name() {
 #include <cuda_runtime.h>
 
 namespace fastalex {
-
-using Stream = cudaStream_t;
 
 template <auto Kernel, class Plan>
 void launch(const LaunchShape& shape, Stream stream, const Plan& plan) {

@@ -33,8 +33,8 @@ struct GradientTerms {
 };
 template <int Size>
 __device__ __forceinline__ GradientTerms gradient_terms(const LrnWindow& w, float g, float x, float squares) {
-  const float s = lrn_sum(w, squares), power = inverse_power<Size>(w, s);
-  return {g * power, g * x * (power / s)};
+  const InversePowers s = inverse_powers<Size>(w, lrn_sum(w, squares));
+  return {g * s.power, g * x * s.next};
 }
 __device__ __forceinline__ float input_gradient(const LrnWindow& w, float direct, float x, float crosses) {
   return fmaf(-2.0f * w.scale * w.beta * x, crosses, direct);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const 
 // Pixels side by side: channel m is normalised and its cross term joins a second running window, which completes the
 // gradient of the channel `before` steps behind.
 template <class T, int V, int Size, bool Pooled>
-__global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_first(const LrnBackwardPlan p) {
+__global__ void __launch_bounds__(kLrnThreads, 2) lrn_backward_channels_first(const LrnBackwardPlan p) {
   constexpr int kBefore = Size / 2, kAfter = Size - 1 - kBefore;
   const ImageItem at = image_item(p.lrn.by_blocks, p.lrn.items);
   if (!at.inside) return;

@@ -27,15 +27,23 @@ __device__ __forceinline__ float lrn_sum(const LrnWindow& w, float squares) {
   return fmaf(w.scale, squares, w.k);
 }
 
-// s^-beta. With beta = 3/4 it is r sqrt(r), r = s^-1/2: 4 ulp at most, and s = inf gives 0 as pow does.
+// s^-beta and s^(-beta-1). With beta = 3/4 and r = s^-1/2 the first is r sqrt(r): 4.5 ulp at most, and 0 for s = inf.
+struct InversePowers {
+  float power, next;
+};
+template <int Size>
+__device__ __forceinline__ InversePowers inverse_powers(const LrnWindow& w, float s) {
+  if constexpr (Size != 0) {
+    const float root = inverse_root(s), power = root * approximate_root(root);
+    return {power, power * root * root};
+  } else {
+    const float power = powf(s, -w.beta);
+    return {power, power / s};
+  }
+}
 template <int Size>
 __device__ __forceinline__ float inverse_power(const LrnWindow& w, float s) {
-  if constexpr (Size != 0) {
-    const float root = rsqrtf(s);
-    return root * sqrtf(root);
-  } else {
-    return powf(s, -w.beta);
-  }
+  return inverse_powers<Size>(w, s).power;
 }
 
 struct ChannelRange {

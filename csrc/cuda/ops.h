@@ -2,10 +2,13 @@
 // right size; no operator allocates, copies or synchronises.
 #pragma once
 
-#include "launch.h"
 #include "view.h"
 
+struct CUstream_st;
+
 namespace fastalex {
+
+using Stream = CUstream_st*;
 
 struct LrnParams {
   int size;
@@ -33,5 +36,24 @@ void lrn_max_pool(DType dtype, const View& x, const View& y, const Offsets& offs
                   const PoolParams& pool, Stream stream);
 void lrn_max_pool_backward(DType dtype, const View& grad, const View& x, const Offsets& offsets, const View& grad_x,
                            const LrnParams& lrn, const PoolParams& pool, Stream stream);
+
+struct ConvParams {
+  int stride[2], padding[2], dilation[2], groups;
+  bool tf32;  // float32 on tensor cores, rounded to TF32; else IEEE float32
+};
+// `bias` is dense, or null. The workspace is the caller's, 256-byte aligned, and holds nothing between calls.
+long long conv_relu_workspace(DType dtype, const View& x, const View& weight, const View& y, const ConvParams& conv);
+void conv_relu(DType dtype, const View& x, const View& weight, const void* bias, const View& y, const ConvParams& conv,
+               void* workspace, Stream stream);
+
+// What is not wanted has null data. `output` is what conv_relu returned.
+struct ConvGradients {
+  View input, weight;
+  void* bias;
+};
+long long conv_relu_backward_workspace(DType dtype, const View& output, const View& x, const View& weight,
+                                       const ConvGradients& wanted, const ConvParams& conv);
+void conv_relu_backward(DType dtype, const View& grad, const View& output, const View& x, const View& weight,
+                        const ConvGradients& wanted, const ConvParams& conv, void* workspace, Stream stream);
 
 }  // namespace fastalex

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "launch.h"
 #include "lrn_window.cuh"
 #include "ops.h"
 #include "pool_window.cuh"

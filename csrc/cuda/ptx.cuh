@@ -36,6 +36,18 @@ __device__ __forceinline__ void store_shared(Word* pointer, Word word) {
   *pointer = word;
 }
 
+// s^-1/2 within 2 ulp and x^1/2 within 1 ulp, as one instruction each: zeros, infinities and denormals included.
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float approximate_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Four 8x8 matrices of 16-bit values; lane 8m+i gives the address of row i of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -139,6 +139,18 @@ class Offsets(ctypes.Structure):
     _fields_ = [("view", View), ("wide", ctypes.c_bool)]
 
 
+class ConvParams(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int * 2) for name in ("stride", "padding", "dilation")],
+        ("groups", ctypes.c_int),
+        ("tf32", ctypes.c_bool),
+    ]
+
+
+class ConvGradients(ctypes.Structure):
+    _fields_ = [("input", View), ("weight", View), ("bias", ctypes.c_void_p)]
+
+
 @dataclass
 class Launch:
     kernel: str
@@ -156,8 +168,10 @@ class HostCuda:
         self.lib = ctypes.CDLL(str(library))
         for name in ("host_cuda_launches", "host_cuda_trace_end"):
             getattr(self.lib, name).restype = ctypes.c_char_p
+        for name in ("host_conv_relu_workspace", "host_conv_relu_backward_workspace"):
+            getattr(self.lib, name).restype = ctypes.c_longlong
         self.lib.host_lrn_max_pool_is_fused.restype = ctypes.c_bool
-        self.workspace = None
+        self.tf32 = False
 
     def schedule(self, kind: str, seed: int = 1) -> None:
         self.lib.host_cuda_schedule(SCHEDULES[kind], ctypes.c_uint(seed))
@@ -167,10 +181,10 @@ class HostCuda:
         rows = [line.split("\t") for line in self.lib.host_cuda_launches().decode().splitlines()]
         return [Launch(r[0], int(r[1]), int(r[2]), int(r[3]), bytes.fromhex(r[4])) for r in rows]
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: ctypes.Structure) -> None:
+    def call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         function = getattr(self.lib, name)
         function.restype = ctypes.c_char_p
-        error = function(DTYPES[dtype], *map(ctypes.byref, arguments))
+        error = function(DTYPES[dtype], *map(_by_reference, arguments))
         if error:
             raise RuntimeError(error.decode())
 
@@ -239,6 +253,57 @@ class HostCuda:
         views = (View.of(grad), View.of(input), where, View.of(out))
         self.call("host_lrn_max_pool_backward", input.dtype, *views, params, pool)
         return out
+
+
+    def conv_relu(self, input, weight, bias, stride, padding, dilation, groups):
+        sides = [
+            pool_size(*numbers, False)
+            for numbers in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        ]
+        out = poisoned((input.shape[0], weight.shape[0], *sides), input.dtype, _format_of(input))
+        params = self._conv_params(stride, padding, dilation, groups)
+        views = (View.of(input), View.of(weight), View.of(out))
+        workspace = self._workspace("host_conv_relu_workspace", input.dtype, *views, params)
+        self.call(
+            "host_conv_relu", input.dtype, *views[:2], _pointer(bias), views[2], params,
+            _pointer(workspace),
+        )  # fmt: skip
+        return out
+
+    def conv_relu_backward(
+        self, grad, output, input, weight, stride, padding, dilation, groups, output_mask
+    ):
+        made = [
+            poisoned_like(input) if output_mask[0] else None,
+            poisoned_like(weight) if output_mask[1] else None,
+            poisoned((weight.shape[0],), input.dtype) if output_mask[2] else None,
+        ]
+        views = [View.of(t) if t is not None else View() for t in made[:2]]
+        wanted = ConvGradients(*views, made[2].data_ptr() if output_mask[2] else None)
+        params = self._conv_params(stride, padding, dilation, groups)
+        arguments = (View.of(output), View.of(input), View.of(weight), wanted, params)
+        name = "host_conv_relu_backward_workspace"
+        workspace = self._workspace(name, input.dtype, *arguments)
+        self.call(
+            "host_conv_relu_backward", input.dtype, View.of(grad), *arguments, _pointer(workspace)
+        )
+        return tuple(t if t is not None else input.new_empty(0) for t in made)
+
+    def _conv_params(self, stride, padding, dilation, groups) -> ConvParams:
+        return ConvParams(tuple(stride), tuple(padding), tuple(dilation), groups, self.tf32)
+
+    def _workspace(self, name: str, dtype: torch.dtype, *arguments) -> torch.Tensor:
+        size = getattr(self.lib, name)(DTYPES[dtype], *map(_by_reference, arguments))
+        buffer = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN in every type
+        return buffer[-buffer.data_ptr() % 256 :]
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _by_reference(argument):
+    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
 
 
 def _format_of(tensor: torch.Tensor) -> torch.memory_format:

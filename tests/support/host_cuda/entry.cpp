@@ -1,5 +1,6 @@
 // A C interface to the operators on the host runtime, for ctypes: errors come back as text.
-#include "../../../csrc/cuda/ops.h"
+#include "launch.h"
+#include "ops.h"
 #include "trace.h"
 
 using namespace fastalex;
@@ -70,4 +71,22 @@ HOST_CUDA_EXPORT const char* host_lrn_max_pool_backward(DType dtype, const View*
                                                         const Offsets* offsets, const View* grad_x,
                                                         const LrnParams* lrn, const PoolParams* pool) {
   return guarded([&] { lrn_max_pool_backward(dtype, *grad, *x, *offsets, *grad_x, *lrn, *pool, nullptr); });
+}
+HOST_CUDA_EXPORT long long host_conv_relu_workspace(DType dtype, const View* x, const View* weight, const View* y,
+                                                    const ConvParams* p) {
+  return conv_relu_workspace(dtype, *x, *weight, *y, *p);
+}
+HOST_CUDA_EXPORT const char* host_conv_relu(DType dtype, const View* x, const View* weight, const void* bias,
+                                            const View* y, const ConvParams* p, void* workspace) {
+  return guarded([&] { conv_relu(dtype, *x, *weight, bias, *y, *p, workspace, nullptr); });
+}
+HOST_CUDA_EXPORT long long host_conv_relu_backward_workspace(DType dtype, const View* output, const View* x,
+                                                             const View* weight, const ConvGradients* wanted,
+                                                             const ConvParams* p) {
+  return conv_relu_backward_workspace(dtype, *output, *x, *weight, *wanted, *p);
+}
+HOST_CUDA_EXPORT const char* host_conv_relu_backward(DType dtype, const View* grad, const View* output, const View* x,
+                                                     const View* weight, const ConvGradients* wanted,
+                                                     const ConvParams* p, void* workspace) {
+  return guarded([&] { conv_relu_backward(dtype, *grad, *output, *x, *weight, *wanted, *p, workspace, nullptr); });
 }

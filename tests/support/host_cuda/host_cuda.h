@@ -53,21 +53,10 @@ T shuffle(unsigned mask, T value, unsigned source) {
   return result;
 }
 
-// CUDA documents 2 ulp for rsqrtf: the twin errs by that much, up or down by the argument's bits.
-inline float worst_case_rsqrt(float x) {
-  const float exact = 1.0f / std::sqrt(x);
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const float away = (bits * 2654435761u >> 31) ? 0.0f : INFINITY;
-  if (!std::isfinite(exact) || exact == 0.0f) return exact;
-  return std::nextafter(std::nextafter(exact, away), away);
-}
-
 }  // namespace host_cuda
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-inline float rsqrtf(float x) { return host_cuda::worst_case_rsqrt(x); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {

@@ -7,8 +7,6 @@
 
 namespace fastalex {
 
-using Stream = void*;
-
 struct LaunchRecord {
   std::string kernel;
   LaunchShape shape;

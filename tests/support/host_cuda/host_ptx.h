@@ -68,9 +68,26 @@ HOST_CUDA_TWIN void store_shared(Word* pointer, Word word) {
 
 namespace twin {
 
+// An instruction that may err by `ulps` does so here, up or down by its argument's bits.
+inline float err_by(int ulps, float x, float exact) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const float toward = (bits * 2654435761u >> 31) ? 0.0f : INFINITY;
+  if (!std::isfinite(exact) || exact == 0.0f) return exact;
+  for (int i = 0; i < ulps; i++) exact = std::nextafter(exact, toward);
+  return exact;
+}
+
+}  // namespace twin
+
+inline float inverse_root(float x) { return twin::err_by(2, x, 1.0f / std::sqrt(x)); }
+inline float approximate_root(float x) { return twin::err_by(1, x, std::sqrt(x)); }
+
+namespace twin {
+
 inline float widen(__half, uint16_t bits) {
   __half h;
-  std::memcpy(&h, &bits, 2);
+  std::memcpy(static_cast<void*>(&h), &bits, 2);
   return __half2float(h);
 }
 inline float widen(__nv_bfloat16, uint16_t bits) {
