@@ -1,0 +1,63 @@
+"""Builds the stable-ABI registration library of csrc/cuda with nvcc; needs no GPU and no CUDA build of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_extension"
+
+TORCH = Path(torch.__file__).parent
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{TORCH / 'include'}"]
+HOST_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+DEVICE_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be built here, or None."""
+    return None if shutil.which("nvcc") else "no nvcc on PATH"
+
+
+def build(architectures: tuple[str, ...] = ("90",)) -> Path:
+    """The library for these compute capabilities, rebuilt only when a source or a flag changed."""
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    digest = hashlib.sha256(" ".join([*HOST_FLAGS, *DEVICE_FLAGS, *gencode]).encode())
+    for path in sorted(KERNELS.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = BUILD / digest.hexdigest()[:16]
+    library = folder / "fastalex_cuda.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / (source.stem + ".o")
+        if target.exists():
+            return target
+        device = source.suffix == ".cu"
+        command = ["nvcc", *DEVICE_FLAGS, *gencode] if device else ["g++", *HOST_FLAGS, *STABLE_ABI]
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        done = subprocess.run(
+            [*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{source.name}:\n{done.stderr}")
+        return partial.rename(target)
+
+    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run(
+        ["nvcc", "-shared", "-cudart", "static", *map(str, objects), f"-L{TORCH / 'lib'}"]
+        + ["-ltorch_cpu", "-lc10", "-o", str(library)],
+        check=True,
+    )
+    return library
