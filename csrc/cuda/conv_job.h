@@ -101,7 +101,7 @@ inline ConvJob make_conv_job(DType dtype, const View& input, const View& weight,
   job.copy = transposed ? ConvCopy::pixels : choose_copy(dtype, input, weight, params);
   const bool window = job.copy == ConvCopy::window;
   p.window_values = window ? p.w.kernel * p.channels_in : 0;
-  p.tap_depth = window ? round_up(p.window_values, kWindowCopyValues) : p.channels_in;
+  p.tap_depth = window ? static_cast<int>(ceil_div(p.window_values, kWindowCopyValues)) * kWindowCopyValues : p.channels_in;
   const long long taps_h = ceil_div(p.h.kernel, p.h.period), taps_w = window ? 1 : ceil_div(p.w.kernel, p.w.period);
   p.depth_pitch = to_int(ceil_div(taps_h * taps_w * p.tap_depth, values) * values, "the depth of a convolution");
   p.packed_store = channels_are_dense(output) && p.channels_out % values == 0 &&

@@ -26,7 +26,7 @@ MaskJob make_mask_job(DType dtype, const View& grad, const View& output, const C
   MaskPlan& p = job.plan;
   p.grad = grad.data, p.output = output.data, p.grad_stride = grad.strides(), p.output_stride = output.strides();
   p.groups = params.groups, p.channels = to_int(output.size[1] / params.groups, "the number of channels");
-  p.padded = round_up(p.channels, wide_values(dtype));
+  p.padded = static_cast<int>(ceil_div(p.channels, wide_values(dtype))) * wide_values(dtype);
   p.height = to_int(output.size[2], "a side"), p.width = to_int(output.size[3], "a side");
   p.pixels = to_int(output.size[0] * output.size[2] * output.size[3], "the number of output pixels");
   const long long columns = static_cast<long long>(p.groups) * p.padded;

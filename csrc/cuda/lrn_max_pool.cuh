@@ -38,7 +38,7 @@ template <int Kernel, class T, int V, bool Save, class Load>
 __device__ __forceinline__ void pool_one(const LrnMaxPoolPlan& p, long long image, int channel, int oh, int ow, Load load) {
   const PoolAxis &h = p.pool.h, &w = p.pool.w;
   const int top = oh * h.stride - h.padding, left = ow * w.stride - w.padding;
-  Winners<V, Save> best(first_tap_inside(h, top) * w.kernel + first_tap_inside(w, left));
+  Winners<V, Save> best(first_position(p.pool, top, left));
 #pragma unroll(Kernel ? Kernel : 1)
   for (int r = 0; r < (Kernel ? Kernel : h.kernel); r++)
 #pragma unroll(Kernel ? Kernel : 1)

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool(const MaxPoolPlan p) {
   const int end = min((at.band + 1) * p.band, h.out);
   for (int oh = at.band * p.band; oh < end; oh++) {
     const int top = oh * h.stride - h.padding;
-    Winners<V, Save> best(first_tap_inside(h, top) * w.kernel + first_tap_inside(w, left));
+    Winners<V, Save> best(first_position(p.window, top, left));
 #pragma unroll(Kernel ? Kernel : 1)
     for (int r = 0; r < (Kernel ? Kernel : h.kernel); r++)
 #pragma unroll(Kernel ? Kernel : 1)
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool(const MaxPoolPlan p) {
         const int row = top + r * h.dilation, column = left + s * w.dilation;
         float v[V];
 #pragma unroll
-        for (int i = 0; i < V; i++) v[i] = -INFINITY;
+        for (int i = 0; i < V; i++) v[i] = -kInfinity;
         if (row >= 0 && row < h.size && column >= 0 && column < w.size)
           load_values(x + row * p.x_stride.row + column * p.x_stride.column, v);
         best.take(v, r * w.kernel + s);

@@ -5,6 +5,8 @@
 
 namespace fastalex {
 
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+
 template <int Bytes>
 struct WordOf;
 template <>

@@ -23,7 +23,7 @@ struct Winners {
 
   __device__ __forceinline__ explicit Winners(int first) {
 #pragma unroll
-    for (int i = 0; i < V; i++) value[i] = -INFINITY, position[i] = first;
+    for (int i = 0; i < V; i++) value[i] = -kInfinity, position[i] = first;
   }
   __device__ __forceinline__ void take(const float (&v)[V], int at) {
 #pragma unroll
@@ -36,8 +36,15 @@ struct Winners {
   }
 };
 
-__device__ __forceinline__ int first_tap_inside(const PoolAxis& a, int start) {
-  return start >= 0 ? 0 : min(a.by_dilation(a.dilation - 1 - start), a.kernel - 1);
+// The first position of a window that lies inside the input; 0 for a window that dilation carries over a small input.
+__device__ __forceinline__ int first_tap(const PoolAxis& a, int start) {
+  return start >= 0 ? 0 : a.by_dilation(a.dilation - 1 - start);
+}
+__device__ __forceinline__ int first_position(const PoolWindow& p, int top, int left) {
+  const int r = first_tap(p.h, top), s = first_tap(p.w, left);
+  const bool inside = r < p.h.kernel && top + r * p.h.dilation < p.h.size && s < p.w.kernel &&
+                      left + s * p.w.dilation < p.w.size;
+  return inside ? r * p.w.kernel + s : 0;
 }
 
 template <int V>

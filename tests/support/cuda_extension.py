@@ -30,7 +30,7 @@ def build(architectures: tuple[str, ...] = ("90",)) -> Path:
     """The library for these compute capabilities, rebuilt only when a source or a flag changed."""
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     digest = hashlib.sha256(" ".join([*HOST_FLAGS, *DEVICE_FLAGS, *gencode]).encode())
-    for path in sorted(KERNELS.iterdir()):
+    for path in sorted(p for p in KERNELS.iterdir() if p.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     folder = BUILD / digest.hexdigest()[:16]
     library = folder / "fastalex_cuda.so"
@@ -56,7 +56,7 @@ def build(architectures: tuple[str, ...] = ("90",)) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     subprocess.run(
-        ["nvcc", "-shared", "-cudart", "static", *map(str, objects), f"-L{TORCH / 'lib'}"]
+        ["nvcc", "-shared", "-cudart", "static", *gencode, *map(str, objects), f"-L{TORCH / 'lib'}"]
         + ["-ltorch_cpu", "-lc10", "-o", str(library)],
         check=True,
     )

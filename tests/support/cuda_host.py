@@ -60,7 +60,7 @@ def sources() -> list[Path]:
 def _fingerprint(flags: list[str], kernels: Path) -> str:
     digest = hashlib.sha256(" ".join(flags).encode())
     for folder in (kernels, RUNTIME):
-        for path in sorted(folder.iterdir()):
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
