@@ -104,7 +104,7 @@ FEW = [
     "lrn_channels_last<__half, 8, 5>",
     "lrn_backward_channels_first<float, 4, 5, false>",
     "max_pool<__nv_bfloat16, 8, true, 3>",
-    "lrn_max_pool_channels_last<__half, 8, 5, true>",
+    "lrn_max_pool_channels_last<__half, 8, 5, 3, true>",
     "conv_relu<HalfMath<__half>, ConvTile<64, 64, 32, 32, 4, 4>, GatherCopier, 16>",
     "pack_weight<float>",
 ]

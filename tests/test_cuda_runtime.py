@@ -19,7 +19,7 @@ MISUSES = {
     "copy from an odd address": "source is not aligned",
     "copy outside shared memory": "outside shared memory",
     "exit without a wait": "never waited for",
-    "half a warp at ldmatrix": "exited lane",
+    "half a warp at ldmatrix": "deadlock",
     "tf32 operand not rounded": "not rounded by to_tf32",
     "threads at different barriers": "deadlock",
     "store past shared memory": "out of range",

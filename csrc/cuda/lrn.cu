@@ -11,8 +11,8 @@ namespace {
 template <class T, int V>
 void run_forward(const LrnPlan& plan, const LaunchShape& shape, bool channels_last, bool alexnet, Stream stream) {
   if (channels_last)
-    alexnet && V > 1 ? launch<lrn_channels_last<T, V, V == 1 ? 0 : 5>>(shape, stream, plan)
-                     : launch<lrn_channels_last<T, V, 0>>(shape, stream, plan);
+    alexnet ? launch<lrn_channels_last<T, V, 5>>(shape, stream, plan)
+            : launch<lrn_channels_last<T, V, 0>>(shape, stream, plan);
   else
     alexnet ? launch<lrn_channels_first<T, V, 5>>(shape, stream, plan)
             : launch<lrn_channels_first<T, V, 0>>(shape, stream, plan);
@@ -23,8 +23,8 @@ void run_backward(const LrnBackwardPlan& plan, const LaunchShape& shape, bool ch
                   Stream stream) {
   if (!channels_last)
     launch<lrn_backward_channels_first<T, V, 5, false>>(shape, stream, plan);
-  else if (alexnet && V > 1)
-    launch<lrn_backward_channels_last<T, V, V == 1 ? 0 : 5, false>>(shape, stream, plan);
+  else if (alexnet)
+    launch<lrn_backward_channels_last<T, V, 5, false>>(shape, stream, plan);
   else
     launch<lrn_backward_channels_last<T, V, 0, false>>(shape, stream, plan);
 }

@@ -48,25 +48,27 @@ void finish_plan(LrnMaxPoolPlan& p, const View& y, const PoolParams& pool) {
   p.by_packs = fast_divide(std::max(p.packs, 1));
 }
 
+// The arithmetic follows from the normalization alone, so that it is the same with and without pooling.
 template <class T, int V, bool Save>
-void run_last(const LrnMaxPoolPlan& plan, const LaunchShape& shape, bool alexnet, Stream stream) {
-  alexnet && V > 1 ? launch<lrn_max_pool_channels_last<T, V, V == 1 ? 0 : 5, Save>>(shape, stream, plan)
-                   : launch<lrn_max_pool_channels_last<T, V, 0, Save>>(shape, stream, plan);
+void run_last(const LrnMaxPoolPlan& plan, const LaunchShape& shape, bool alexnet, bool window3, Stream stream) {
+  if (!alexnet)
+    launch<lrn_max_pool_channels_last<T, V, 0, 0, Save>>(shape, stream, plan);
+  else
+    window3 ? launch<lrn_max_pool_channels_last<T, V, 5, 3, Save>>(shape, stream, plan)
+            : launch<lrn_max_pool_channels_last<T, V, 5, 0, Save>>(shape, stream, plan);
 }
 template <class T, bool Save>
 void run(const LrnMaxPoolPlan& plan, const LaunchShape& shape, bool channels_last, int values, bool alexnet,
          Stream stream) {
-  if (!channels_last)
-    alexnet ? launch<lrn_max_pool_channels_first<T, 5, Save>>(shape, stream, plan)
-            : launch<lrn_max_pool_channels_first<T, 0, Save>>(shape, stream, plan);
-  else if (values > 1)
-    run_last<T, 16 / sizeof(T), Save>(plan, shape, alexnet, stream);
+  const bool window3 = plan.pool.h.kernel == 3 && plan.pool.w.kernel == 3;
+  if (channels_last)
+    values > 1 ? run_last<T, 16 / sizeof(T), Save>(plan, shape, alexnet, window3, stream)
+               : run_last<T, 1, Save>(plan, shape, alexnet, window3, stream);
+  else if (!alexnet)
+    launch<lrn_max_pool_channels_first<T, 0, 0, Save>>(shape, stream, plan);
   else
-    run_last<T, 1, Save>(plan, shape, alexnet, stream);
-}
-
-bool is_alexnet(const LrnParams& lrn, const PoolParams& pool) {
-  return is_alexnet(lrn) && pool.kernel[0] == 3 && pool.kernel[1] == 3;
+    window3 ? launch<lrn_max_pool_channels_first<T, 5, 3, Save>>(shape, stream, plan)
+            : launch<lrn_max_pool_channels_first<T, 5, 0, Save>>(shape, stream, plan);
 }
 
 }  // namespace
@@ -108,7 +110,7 @@ void lrn_max_pool(DType dtype, const View& x, const View& y, const Offsets& offs
   }
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    const bool alexnet = is_alexnet(lrn, pool);
+    const bool alexnet = is_alexnet(lrn);
     offsets.view.data ? run<T, true>(p, shape, channels_last, values, alexnet, stream)
                       : run<T, false>(p, shape, channels_last, values, alexnet, stream);
   });
@@ -130,7 +132,8 @@ void lrn_max_pool_backward(DType dtype, const View& grad, const View& x, const O
     else if (!layout.channels_last)
       launch<lrn_backward_channels_first<T, 1, 5, true>>(shape, stream, plan);
     else if (layout.values == 1)
-      launch<lrn_backward_channels_last<T, 1, 0, true>>(shape, stream, plan);
+      is_alexnet(lrn) ? launch<lrn_backward_channels_last<T, 1, 5, true>>(shape, stream, plan)
+                      : launch<lrn_backward_channels_last<T, 1, 0, true>>(shape, stream, plan);
     else if (is_alexnet(lrn))
       launch<lrn_backward_channels_last<T, kWide, 5, true>>(shape, stream, plan);
     else

@@ -57,7 +57,7 @@ __device__ __forceinline__ void pool_one(const LrnMaxPoolPlan& p, long long imag
 }
 
 // Channels side by side. A ring of window-height normalised rows moves down the image, one output row at a time.
-template <class T, int V, int Size, bool Save>
+template <class T, int V, int Size, int Kernel, bool Save>
 struct NormalisedRing {
   const LrnMaxPoolPlan& p;
   const T* x;  // this image
@@ -87,20 +87,20 @@ struct NormalisedRing {
     for (int item = threadIdx.x; item < p.tile_w * p.packs; item += kFusedThreads) {
       const int place = p.by_packs(item), channel = (item - place * p.packs) * V, ow = tile.left + place;
       if (ow >= p.pool.w.out) continue;
-      pool_one<Size ? 3 : 0, T, V, Save>(
+      pool_one<Kernel, T, V, Save>(
           p, tile.image, channel, oh, ow,
           [&](int row, int column, float(&v)[V]) { load_shared_values(slot(row, column) + channel, v); });
     }
   }
 };
 
-// Size 5 means AlexNet's pair: five channels, beta 3/4, a 3x3 window; 0 takes everything from the plan.
-template <class T, int V, int Size, bool Save>
+// Kernel 3 unrolls a 3x3 window, 0 takes any.
+template <class T, int V, int Size, int Kernel, bool Save>
 __global__ void __launch_bounds__(kFusedThreads) lrn_max_pool_channels_last(const LrnMaxPoolPlan p) {
   FusedTile tile = fused_tile(p, blockIdx.x);
   tile.image = tile.index;
   const PoolAxis& h = p.pool.h;
-  const NormalisedRing<T, V, Size, Save> rows = {
+  const NormalisedRing<T, V, Size, Kernel, Save> rows = {
       p, static_cast<const T*>(p.x) + tile.image * p.x_stride.image, reinterpret_cast<T*>(dynamic_shared()),
       tile.left * p.pool.w.stride - p.pool.w.padding};
   const int end = min(tile.top + p.tile_h, h.out);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kFusedThreads) lrn_max_pool_channels_last(cons
 
 // Pixels side by side. A block owns a tile of the plane and walks through channels; each channel's normalised tile passes
 // through one of two shared buffers, so that one barrier a channel is enough.
-template <class T, int Size, bool Save>
+template <class T, int Size, int Kernel, bool Save>
 __global__ void __launch_bounds__(kFusedThreads) lrn_max_pool_channels_first(const LrnMaxPoolPlan p) {
   FusedTile tile = fused_tile(p, blockIdx.x);
   const int part = p.by_parts(tile.index);  // (image, group), then the segment of the group
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kFusedThreads) lrn_max_pool_channels_first(con
     for (int item = threadIdx.x; item < p.tile_h * p.tile_w; item += kFusedThreads) {
       const int line = p.by_tile_w(item), oh = tile.top + line, ow = tile.left + item - line * p.tile_w;
       if (oh >= p.pool.h.out || ow >= p.pool.w.out) continue;
-      pool_one<Size ? 3 : 0, T, 1, Save>(p, tile.image, c, oh, ow, [&](int row, int column, float(&out)[1]) {
+      pool_one<Kernel, T, 1, Save>(p, tile.image, c, oh, ow, [&](int row, int column, float(&out)[1]) {
         load_shared_values(buffer + (row - top) * p.input_w + column - left, out);
       });
     }

@@ -44,7 +44,9 @@ void max_pool_backward(DType dtype, const View& grad, const Offsets& offsets, co
                        const PoolParams& params, Stream stream) {
   const PoolLayout layout = pool_layout(dtype, {grad, grad_x}, offsets);
   LaunchShape shape;
-  MaxPoolBackwardPlan plan = {make_place(layout, grad_x, 4, &shape), make_pool_gradient(grad, offsets, grad_x, params)};
+  MaxPoolBackwardPlan plan = {};
+  plan.place = make_place(layout, grad_x, 4, &shape);
+  plan.gradient = make_pool_gradient(grad, offsets, grad_x, params);
   plan.place.y = grad_x.data, plan.place.y_stride = grad_x.strides();
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;

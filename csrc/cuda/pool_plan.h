@@ -48,12 +48,11 @@ inline MaxPoolPlan make_place(const PoolLayout& layout, const View& over, int ro
 
 inline PoolGradient make_pool_gradient(const View& grad, const Offsets& offsets, const View& grad_x,
                                        const PoolParams& params) {
-  return {grad.data,
-          offsets.view.data,
-          grad.strides(),
-          offsets.view.strides(),
-          make_pool_window(params, grad_x, grad),
-          offsets.wide};
+  PoolGradient g = {};
+  g.grad = grad.data, g.offsets = offsets.view.data, g.wide_offsets = offsets.wide;
+  g.grad_stride = grad.strides(), g.offsets_stride = offsets.view.strides();
+  g.window = make_pool_window(params, grad_x, grad);
+  return g;
 }
 
 }  // namespace fastalex

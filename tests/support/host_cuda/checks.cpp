@@ -195,7 +195,7 @@ const std::map<std::string, std::function<void()>> checks = {
     {"misuse: threads at different barriers",
      [] {
        run(64, 0, [] {
-         if (threadIdx.x < 32) __syncthreads();
+         threadIdx.x < 16 ? __syncthreads() : __syncwarp();
        });
      }},
     {"misuse: store past shared memory", [] { run(1, 16, [] { store_shared(reinterpret_cast<unsigned*>(dynamic_shared() + 16), 1u); }); }},
