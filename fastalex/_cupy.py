@@ -1,7 +1,8 @@
-"""The CUDA C++ kernels without nvcc: NVRTC compiles them at first use, CuPy launches them on torch's stream.
+"""The CUDA C++ kernels without nvcc: NVRTC compiles them, CuPy launches them on torch's stream.
 
-The launchers of ``csrc/cuda`` decide; ``_cuda_plan*.so``, a build of them that needs no CUDA, says what they would
-launch (kernel, grid, plan), and this module does it. The functions take the operators' schemas argument for argument.
+The launchers of ``csrc/cuda`` decide; ``_cuda_plan*.so``, a build of them that needs no CUDA, says
+what they would launch (kernel, grid, plan), and this module does it. The functions take the
+operators' schemas argument for argument.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class PlannedLaunch(ctypes.Structure):
         ("blocks", ctypes.c_longlong),
         ("threads", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
-        ("plan_bytes", ctypes.c_int),
+        ("plan_bytes", ctypes.c_longlong),
         ("plan", ctypes.c_ubyte * 1024),
     ]
 
@@ -203,7 +204,7 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if channels or columns lie side by side, else one copy in the nearest layout."""
+    """The tensor itself if channels or columns lie side by side, else one copy."""
     if _format(tensor) is torch.channels_last or tensor.stride(-1) == 1 or tensor.size(-1) == 1:
         return tensor
     return tensor.contiguous()
@@ -376,7 +377,9 @@ def conv_relu(
     x = _dense(input)
     p = _conv_params(stride, padding, dilation, groups)
     sides = [
-        pool_size(x.size(2 + i), weight.size(2 + i), p.stride[i], p.padding[i], p.dilation[i], False)
+        pool_size(
+            x.size(2 + i), weight.size(2 + i), p.stride[i], p.padding[i], p.dilation[i], False
+        )
         for i in (0, 1)
     ]
     shape = (x.size(0), weight.size(0), *sides)
@@ -408,7 +411,8 @@ def conv_relu_backward(
     )
     gb = make(weight[:, 0, 0, 0]) if output_mask[2] else weight.new_empty(0)
     wanted = _ConvGradients(
-        *(_view(t) if t.numel() else _View() for t in (gx, gw)), gb.data_ptr() if gb.numel() else None
+        *(_view(t) if t.numel() else _View() for t in (gx, gw)),
+        gb.data_ptr() if gb.numel() else None,
     )
     p = _conv_params(stride, padding, dilation, groups)
     arguments = (_view(output), _view(x), _view(weight), wanted, p)

@@ -1,4 +1,4 @@
-"""csrc/cuda's convolution, forward and backward, executed on the host runtime against the float64 definition."""
+"""csrc/cuda's convolution and its gradients, executed on the host against float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())
 )
 
-# (input shape, output channels, kernel, stride, padding, dilation, groups); each line is a reason to go wrong
+# (input shape, output channels, kernel, stride, padding, dilation, groups); a reason each
 CASES = {
     "partial tiles": ((1, 32, 9, 9), 48, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "groups, several images a tile": ((2, 32, 9, 7), 48, (3, 3), (1, 1), (1, 1), (1, 1), 2),
@@ -147,7 +147,9 @@ def test_a_nan_output_passes_its_gradient_as_torch_does(host):
     y = torch.full((1, 48, 9, 9), float("nan")).contiguous(memory_format=torch.channels_last)
     geometry = CASES["partial tiles"][3:]
     got = host.conv_relu_backward(torch.ones_like(y), y, x, weight, *geometry, (False, False, True))
-    assert torch.equal(got[2], torch.ops.aten.threshold_backward(torch.ones_like(y), y, 0).sum((0, 2, 3)))
+    assert torch.equal(
+        got[2], torch.ops.aten.threshold_backward(torch.ones_like(y), y, 0).sum((0, 2, 3))
+    )
 
 
 @pytest.mark.parametrize("schedule", [s for s in cuda_host.SCHEDULES if s != "forward"])

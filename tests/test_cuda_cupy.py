@@ -1,4 +1,4 @@
-"""NVRTC through CuPy with no driver: every kernel compiles, and the planner asks for what the launchers launch."""
+"""NVRTC through CuPy with no driver: kernels compile, and the planner equals the launchers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_planner_asks_for_what_the_launchers_launch(planned, dtype, layout):
 
 
 def test_planner_errors_become_exceptions(planned):
-    x = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(2, 1, 70000, 70000)
+    x = torch.empty(1 << 17, dtype=torch.float16).as_strided((1, 1, 1 << 16, 1 << 15), (0, 0, 1, 1))
     with pytest.raises(RuntimeError, match=r"exceeds 2\^31 - 1"):
         _cupy.lrn(x, 5, 1e-4, 0.75, 1.0, 1)
 

@@ -1,4 +1,4 @@
-"""nvcc builds the registration library on a machine with no GPU; it loads, has the schemas and refuses with reasons."""
+"""nvcc builds the library with no GPU; it loads, has the schemas, refuses with reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SCHEMAS = {
     "int[2] dilation) -> Tensor",
     "lrn_max_pool": f"(Tensor input, {LRN}, {POOL}, bool ceil_mode, bool save_offsets) -> "
     "(Tensor output, Tensor offsets)",
-    "lrn_max_pool_backward": f"(Tensor grad, Tensor input, Tensor offsets, {LRN}, {POOL}) -> Tensor",
+    "lrn_max_pool_backward": "(Tensor grad, Tensor input, Tensor offsets, "
+    f"{LRN}, {POOL}) -> Tensor",
     "conv_relu": f"(Tensor input, Tensor weight, Tensor? bias, {CONV}) -> Tensor",
     "conv_relu_backward": f"(Tensor grad, Tensor output, Tensor input, Tensor weight, {CONV}, "
     "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
@@ -61,14 +62,14 @@ def test_schemas_are_the_operators_own(library):
 def test_a_cpu_tensor_is_refused_with_a_reason_and_a_mend(library):
     with pytest.raises(RuntimeError, match=r"`input` is not on a CUDA device: move it with \.cuda"):
         torch.ops.fastalex_cuda.lrn(torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1)
+    conv = (torch.ones(1, 8, 3, 3), torch.ones(8, 8, 1, 1), None, [1, 1], [0, 0], [1, 1], 1)
     with pytest.raises(RuntimeError, match="not on a CUDA device"):
-        conv = (torch.ones(1, 8, 3, 3), torch.ones(8, 8, 1, 1), None, [1, 1], [0, 0], [1, 1], 1)
         torch.ops.fastalex_cuda.conv_relu(*conv)
 
 
 @needs_tools
 def test_ledger(library):
-    """Registers, spills and instruction counts stay where they were measured, within five per cent."""
+    """Registers, spills and instruction counts stay within five per cent of the ledger."""
     expected, found = cuda_ledger.load()["sm_90"], cuda_ledger.facts(library)
     assert found.keys() == expected.keys()
     moved = [

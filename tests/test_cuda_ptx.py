@@ -1,4 +1,4 @@
-"""The device half of ptx.cuh, which cannot run here: each wrapper emits its instruction with operand i in slot i."""
+"""The device half of ptx.cuh, which cannot run here: operand i of each instruction is slot i."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ __device__ void probe(const unsigned* in, float* d, Multiply multiply) {
   multiply(s, a, in[4], in[5]);
   for (int i = 0; i < 4; i++) d[8 + i] = s[i];
 }
-extern "C" __global__ void probe_f16(const unsigned* in, float* d) { probe(in, d, mma_m16n8k16<__half>); }
-extern "C" __global__ void probe_bf16(const unsigned* in, float* d) { probe(in, d, mma_m16n8k16<__nv_bfloat16>); }
-extern "C" __global__ void probe_tf32(const unsigned* in, float* d) { probe(in, d, mma_m16n8k8_tf32); }
+extern "C" __global__ void probe_f16(const unsigned* in, float* d) {
+  probe(in, d, mma_m16n8k16<__half>);
+}
+extern "C" __global__ void probe_bf16(const unsigned* in, float* d) {
+  probe(in, d, mma_m16n8k16<__nv_bfloat16>);
+}
+extern "C" __global__ void probe_tf32(const unsigned* in, float* d) {
+  probe(in, d, mma_m16n8k8_tf32);
+}
 extern "C" __global__ void probe_rows(unsigned row, unsigned* out) {
   unsigned r[4];
   ldmatrix_x4(r, row);

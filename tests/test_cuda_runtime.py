@@ -1,4 +1,4 @@
-"""The host runtime itself: its twins of PTX instructions are exact, and it stops at every misuse."""
+"""The host runtime itself: its PTX twins are exact, and it stops at every misuse."""
 
 from __future__ import annotations
 

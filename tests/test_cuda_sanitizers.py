@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UBSan (a representative set) and ThreadSanitizer (slow), on the host runtime."""
+"""The kernels under AddressSanitizer, UBSan and ThreadSanitizer, on the host runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, CONV = "tests/test_cuda_memory_bound.py", "tests/test_cuda_conv.py"
-REPRESENTATIVE = "(alexnet or padding or odd) and float16 or split or wide or strides or padded_rows"
+REPRESENTATIVE = (
+    "(alexnet or padding or odd) and float16 or split or wide or strides or padded_rows"
+)
 
 
 def runtime_library(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Memory traffic of the kernels, traced on the host runtime: sectors, wavefronts and bytes against the ideal."""
+"""Memory traffic of the kernels, traced on the host runtime, against the ideal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from tests.support.cuda_trace import trace
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())
-    ),
+    pytest.mark.skipif(cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())),
 ]
 LRN = (5, 0.02, 0.75, 2.0)
 POOL = ((3, 3), (2, 2), (0, 0))
@@ -64,15 +62,26 @@ def memory_bound_calls(host, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "name",
-    ["lrn", "lrn_backward", "max_pool", "max_pool at inference", "max_pool_backward"]
-    + ["lrn_max_pool", "lrn_max_pool_backward"],
+    [
+        "lrn",
+        "lrn_backward",
+        "max_pool",
+        "max_pool at inference",
+        "max_pool_backward",
+        "lrn_max_pool",
+        "lrn_max_pool_backward",
+    ],
 )
 def test_memory_bound_kernels_touch_what_they_must(host, name, dtype):
-    """Distinct sectors are at most 1.05 of compulsory, and a request asks for at most 1.1 of its ideal sectors."""
+    """Distinct sectors: at most 1.05 of compulsory. A wide request: at most 1.1 of its sectors."""
     call, compulsory = memory_bound_calls(host, dtype)[name]
     result = trace(host, call)
     assert result.touched_bytes <= 1.05 * compulsory
-    wide = {place: line for place, line in result.of("global").items() if line.bytes >= 16 * line.threads}
+    wide = {
+        place: line
+        for place, line in result.of("global").items()
+        if line.bytes >= 16 * line.threads
+    }
     assert wide
     for place, line in wide.items():
         assert line.units <= 1.1 * line.ideal, (place, line)
@@ -109,10 +118,12 @@ def test_weight_gradient_main_loop_has_no_bank_conflict(host, dtype):
     shape, out, kernel, *geometry = CONVS["pixels"]
     x, y = draw(shape, dtype, "nhwc"), draw((1, out, 13, 13), dtype, "nhwc", 1)
     weight = draw((out, shape[1], *kernel), dtype, "nhwc", 2)
+
+    def call():
+        return host.conv_relu_backward(y, y, x, weight, *geometry, (False, True, False))
+
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
         host.tf32 = tf32
-        mask = (False, True, False)
-        call = lambda: host.conv_relu_backward(y, y, x, weight, *geometry, mask)  # noqa: E731
         loop = {
             place: line
             for place, line in trace(host, call).of("shared").items()

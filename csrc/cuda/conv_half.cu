@@ -3,6 +3,8 @@
 
 namespace fastalex {
 
-void run_conv(Element<__half>, const ConvJob& job, bool, Stream stream) { run_half_conv<__half>(job, stream); }
+void run_conv(Element<__half>, const ConvJob& job, bool, Stream stream) {
+  run_half_conv<__half>(job, stream);
+}
 
 }  // namespace fastalex

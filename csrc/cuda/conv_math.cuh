@@ -1,4 +1,5 @@
-// The multiplication of two shared tiles by a warp: tensor cores on half, bfloat16 and TF32, or IEEE float32 FMAs.
+// The multiplication of two shared tiles by a warp: tensor cores on half, bfloat16 and TF32, or
+// IEEE float32 FMAs.
 #pragma once
 
 #include "conv_tile.cuh"
@@ -9,7 +10,8 @@ template <class T>
 struct HalfMath {
   using Element = T;
   __device__ __forceinline__ static void prepare(unsigned (&)[4]) {}
-  __device__ __forceinline__ static void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  __device__ __forceinline__ static void multiply(float (&d)[4], const unsigned (&a)[4],
+                                                  unsigned b0, unsigned b1) {
     mma_m16n8k16<T>(d, a, b0, b1);
   }
 };
@@ -24,7 +26,8 @@ struct Tf32Math {
       words[i] = to_tf32(value.value[0]);
     }
   }
-  __device__ __forceinline__ static void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  __device__ __forceinline__ static void multiply(float (&d)[4], const unsigned (&a)[4],
+                                                  unsigned b0, unsigned b1) {
     mma_m16n8k8_tf32(d, a, b0, b1);
   }
 };
@@ -51,7 +54,8 @@ struct TensorSums {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int n = 0; n < N; n++) Math::multiply(sum[m][n], f.a[m], f.b[n / 2][n % 2 * 2], f.b[n / 2][n % 2 * 2 + 1]);
+      for (int n = 0; n < N; n++)
+        Math::multiply(sum[m][n], f.a[m], f.b[n / 2][n % 2 * 2], f.b[n / 2][n % 2 * 2 + 1]);
   }
   // Calls visit(row, column, two neighbouring sums) for everything this lane holds.
   template <class Visit>
@@ -69,7 +73,8 @@ struct TensorSums {
   }
 };
 
-// Both tiles stored along depth. A stage holds two steps; fragments of the next step load while one multiplies.
+// Both tiles stored along depth. A stage holds two steps; fragments of the next step load while one
+// multiplies.
 template <class Math, class Tile>
 struct TensorWarp : TensorSums<Math, Tile> {
   using Sums = TensorSums<Math, Tile>;
@@ -84,8 +89,8 @@ struct TensorWarp : TensorSums<Math, Tile> {
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       a_offset[step] = swizzled(this->warp_m + lane % 16, step * kStepBytes + lane / 16 * 16);
-      b_offset[step] =
-          Tile::InputBytes + swizzled(this->warp_n + lane % 8 + lane / 16 * 8, step * kStepBytes + lane / 8 % 2 * 16);
+      b_offset[step] = Tile::InputBytes + swizzled(this->warp_n + lane % 8 + lane / 16 * 8,
+                                                   step * kStepBytes + lane / 8 % 2 * 16);
     }
   }
   __device__ __forceinline__ void load(const char* stage, int step) {
@@ -105,7 +110,8 @@ struct TensorWarp : TensorSums<Math, Tile> {
   __device__ __forceinline__ void multiply(int step) { this->add(fragments[step]); }
 };
 
-// The same on FMA units: lanes form 8 rows x 4 pairs of columns, so that every shared load is one wavefront.
+// The same on FMA units: lanes form 8 rows x 4 pairs of columns, so that every shared load is one
+// wavefront.
 template <class Tile>
 struct FmaWarp {
   static constexpr int M = Tile::WarpM / 8, N = Tile::WarpN / 8;
@@ -129,14 +135,16 @@ struct FmaWarp {
 #pragma unroll
       for (int m = 0; m < M; m++)
         load_shared_values(
-            reinterpret_cast<const float*>(stage + swizzled(warp_m + m * 8 + lane % 8, chunk)), a[m]);
+            reinterpret_cast<const float*>(stage + swizzled(warp_m + m * 8 + lane % 8, chunk)),
+            a[m]);
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          load_shared_values(reinterpret_cast<const float*>(stage + Tile::InputBytes +
-                                                            swizzled(warp_n + n * 8 + lane / 8 * 2 + e, chunk)),
-                             b[n][e]);
+          load_shared_values(
+              reinterpret_cast<const float*>(stage + Tile::InputBytes +
+                                             swizzled(warp_n + n * 8 + lane / 8 * 2 + e, chunk)),
+              b[n][e]);
 #pragma unroll
       for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -153,7 +161,8 @@ struct FmaWarp {
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-      for (int m = 0; m < M; m++) visit(warp_m + m * 8 + lane % 8, warp_n + n * 8 + lane / 8 * 2, sum[m][n]);
+      for (int m = 0; m < M; m++)
+        visit(warp_m + m * 8 + lane % 8, warp_n + n * 8 + lane / 8 * 2, sum[m][n]);
   }
 };
 

@@ -1,4 +1,5 @@
-// The small kernels round a convolution: packing weights, masking gradients by ReLU, adding up split sums in order.
+// The small kernels round a convolution: packing weights, masking gradients by ReLU, adding up
+// split sums in order.
 #pragma once
 
 #include "conv_plan.h"
@@ -8,8 +9,9 @@ namespace fastalex {
 
 constexpr int kPartThreads = 256;
 
-// packed[phase][group][row][depth]: weights in the order in which a convolution walks through depth, padded with zeros.
-// Strides of the weight [groups * channels_out, channels_in, h, w] are image, channel, row, column.
+// packed[phase][group][row][depth]: weights in the order in which a convolution walks through
+// depth, padded with zeros. Strides of the weight [groups * channels_out, channels_in, h, w] are
+// image, channel, row, column.
 struct PackPlan {
   const void* weight;
   void* packed;
@@ -47,8 +49,9 @@ __global__ void __launch_bounds__(kPartThreads) pack_weight(const PackPlan p) {
   store_values(static_cast<T*>(p.packed) + index, value);
 }
 
-// dz = output <= 0 ? 0 : grad as [pixel][group][padded channels], zeros in the padding, and each block's share of the
-// bias gradient: a thread walks down `pixels` pixels of one channel. A NaN output passes its gradient on, as in torch.
+// dz = output <= 0 ? 0 : grad as [pixel][group][padded channels], zeros in the padding, and each
+// block's share of the bias gradient: a thread walks down `pixels` pixels of one channel. A NaN
+// output passes its gradient on, as in torch.
 struct MaskPlan {
   const void *grad, *output;
   void* dz;
@@ -62,7 +65,8 @@ struct MaskPlan {
 template <class T>
 __global__ void __launch_bounds__(kPartThreads) mask_gradient(const MaskPlan p) {
   const int span_index = p.by_channel_blocks(blockIdx.x);
-  const int column = (blockIdx.x - span_index * p.by_channel_blocks.divisor) * kPartThreads + threadIdx.x;
+  const int column =
+      (blockIdx.x - span_index * p.by_channel_blocks.divisor) * kPartThreads + threadIdx.x;
   const int columns = p.groups * p.padded;
   if (column >= columns) return;
   const int group = p.by_padded(column), inside = column - group * p.padded;
@@ -77,18 +81,21 @@ __global__ void __launch_bounds__(kPartThreads) mask_gradient(const MaskPlan p) 
     float g[1] = {0.0f};
     if (inside < p.channels) {
       float y[1];
-      load_values(static_cast<const T*>(p.grad) + image * p.grad_stride.image + channel * p.grad_stride.channel +
-                      row * p.grad_stride.row + at * p.grad_stride.column,
+      load_values(static_cast<const T*>(p.grad) + image * p.grad_stride.image +
+                      channel * p.grad_stride.channel + row * p.grad_stride.row +
+                      at * p.grad_stride.column,
                   g);
       load_values(static_cast<const T*>(p.output) + image * p.output_stride.image +
-                      channel * p.output_stride.channel + row * p.output_stride.row + at * p.output_stride.column,
+                      channel * p.output_stride.channel + row * p.output_stride.row +
+                      at * p.output_stride.column,
                   y);
       if (y[0] <= 0.0f) g[0] = 0.0f;
     }
     store_values(static_cast<T*>(p.dz) + pixel * columns + column, g);
     sum += g[0];
   }
-  if (p.bias_partial) store_global(p.bias_partial + static_cast<long long>(span_index) * columns + column, sum);
+  if (p.bias_partial)
+    store_global(p.bias_partial + static_cast<long long>(span_index) * columns + column, sum);
 }
 
 // grad_bias[c]: the shares of one channel, added by a block in a fixed order.
@@ -110,7 +117,8 @@ __global__ void __launch_bounds__(kPartThreads) sum_bias(const BiasPlan p) {
   for (int half = kPartThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half)
-      store_shared(sums + threadIdx.x, load_shared(sums + threadIdx.x) + load_shared(sums + threadIdx.x + half));
+      store_shared(sums + threadIdx.x,
+                   load_shared(sums + threadIdx.x) + load_shared(sums + threadIdx.x + half));
   }
   if (threadIdx.x == 0) {
     const float total[1] = {load_shared(sums)};
@@ -118,8 +126,9 @@ __global__ void __launch_bounds__(kPartThreads) sum_bias(const BiasPlan p) {
   }
 }
 
-// out = sum over splits, in order, then bias and ReLU where asked. `partial` is [split][outer][inner]; an inner index is
-// (channel of a convolution's output) or (tap, channel) of a weight, and its place in `out` comes from the strides.
+// out = sum over splits, in order, then bias and ReLU where asked. `partial` is
+// [split][outer][inner]; an inner index is (channel of a convolution's output) or (tap, channel) of
+// a weight, and its place in `out` comes from the strides.
 struct ReducePlan {
   const float* partial;
   const void* bias;
@@ -138,19 +147,21 @@ __global__ void __launch_bounds__(kPartThreads) reduce_splits(const ReducePlan p
   const int inner = static_cast<int>(index - outer * p.inner);
   float sum = 0.0f;
 #pragma unroll 4
-  for (int split = 0; split < p.splits; split++) sum += load_global(p.partial + split * p.split_pitch + index);
+  for (int split = 0; split < p.splits; split++)
+    sum += load_global(p.partial + split * p.split_pitch + index);
   if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[inner]);
   if (p.relu && sum < 0.0f) sum = 0.0f;
   const float value[1] = {sum};
   long long at;
   if (p.weight) {
-    const int tap = inner / p.channels_in, channel = inner - tap * p.channels_in, r = tap / p.kernel_w;
+    const int tap = inner / p.channels_in, channel = inner - tap * p.channels_in,
+              r = tap / p.kernel_w;
     at = outer * p.stride.image + channel * p.stride.channel + r * p.stride.row +
          (tap - r * p.kernel_w) * p.stride.column;
   } else {
     const long long line = outer / p.width, image = line / p.height;
-    at = image * p.stride.image + inner * p.stride.channel + (line - image * p.height) * p.stride.row +
-         (outer - line * p.width) * p.stride.column;
+    at = image * p.stride.image + inner * p.stride.channel +
+         (line - image * p.height) * p.stride.row + (outer - line * p.width) * p.stride.column;
   }
   store_values(static_cast<T*>(p.out) + at, value);
 }

@@ -1,5 +1,6 @@
-// y = relu(conv(x, weight) + bias) and, transposed, the gradient of x: implicit GEMM, 2 * pixels * channels_out * depth FLOP.
-// A ring of shared stages is filled by asynchronous copies Stages - 1 ahead of the multiplication.
+// y = relu(conv(x, weight) + bias) and, transposed, the gradient of x: implicit GEMM, 2 * pixels *
+// channels_out * depth FLOP. A ring of shared stages is filled by asynchronous copies Stages - 1
+// ahead of the multiplication.
 #pragma once
 
 #include "conv_copy.cuh"
@@ -8,48 +9,58 @@
 namespace fastalex {
 
 // NaN passes, as in torch.
-__device__ __forceinline__ float activated(const ConvPlan& p, float v) { return p.relu && v < 0.0f ? 0.0f : v; }
+__device__ __forceinline__ float activated(const ConvPlan& p, float v) {
+  return p.relu && v < 0.0f ? 0.0f : v;
+}
 
-// Where each row of the block's tile goes: its first element in y, or in the partial sums; -1 past the last pixel.
+// Where each row of the block's tile goes: its first element in y, or in the partial sums; -1 past
+// the last pixel.
 template <class Tile>
-__device__ __forceinline__ void build_destinations(const ConvPlan& p, const ConvBlock& b, long long* table) {
+__device__ __forceinline__ void build_destinations(const ConvPlan& p, const ConvBlock& b,
+                                                   long long* table) {
   for (int row = threadIdx.x; row < Tile::BlockM; row += Tile::Threads) {
     const ConvPixel at = conv_pixel(p, b, b.first_row + row);
     const int oh = p.transposed ? at.i * p.h.stride + b.phase_h : at.i;
     const int ow = p.transposed ? at.j * p.w.stride + b.phase_w : at.j;
-    const long long pixel = ((static_cast<long long>(b.split) * p.images + at.image) * p.h.out + oh) * p.w.out + ow;
-    const long long element = p.partial ? pixel * p.groups * p.channels_out
-                                        : at.image * p.y_stride.image + oh * p.y_stride.row + ow * p.y_stride.column;
+    const long long pixel =
+        ((static_cast<long long>(b.split) * p.images + at.image) * p.h.out + oh) * p.w.out + ow;
+    const long long element =
+        p.partial ? pixel * p.groups * p.channels_out
+                  : at.image * p.y_stride.image + oh * p.y_stride.row + ow * p.y_stride.column;
     table[row] = at.inside ? element : -1;
   }
 }
 
 // Depth was split: float32 sums go to the workspace, a second kernel adds them in order.
 template <class Warp>
-__device__ __forceinline__ void store_partial(const ConvPlan& p, const ConvBlock& b, const Warp& warp,
-                                              const long long* destinations) {
+__device__ __forceinline__ void store_partial(const ConvPlan& p, const ConvBlock& b,
+                                              const Warp& warp, const long long* destinations) {
   float* out = p.partial + b.group * p.channels_out + b.first_column;
-  warp.for_each_pair([&](int row, int column, const float(&pair)[2]) {
+  warp.for_each_pair([&](int row, int column, const float (&pair)[2]) {
     const long long at = destinations[row];
     if (at < 0) return;
 #pragma unroll
     for (int e = 0; e < 2; e++)
-      if (b.first_column + column + e < p.channels_out) store_global(out + at + column + e, pair[e]);
+      if (b.first_column + column + e < p.channels_out)
+        store_global(out + at + column + e, pair[e]);
   });
 }
 
-// Bias, activation and rounding in registers, then through shared memory to whole stores along the dense axis.
+// Bias, activation and rounding in registers, then through shared memory to whole stores along the
+// dense axis.
 template <class T, class Tile, class Warp>
 __device__ __forceinline__ void store_tile(const ConvPlan& p, const ConvBlock& b, const Warp& warp,
                                            const long long* destinations, char* tile) {
-  constexpr int kPitch = OutputTile<Tile, T>::Pitch, kValues = 16 / sizeof(T), kChunks = Tile::BlockN / kValues;
+  constexpr int kPitch = OutputTile<Tile, T>::Pitch, kValues = 16 / sizeof(T),
+                kChunks = Tile::BlockN / kValues;
   const T* bias = static_cast<const T*>(p.bias) + b.group * p.channels_out;
-  warp.for_each_pair([&](int row, int column, const float(&pair)[2]) {
+  warp.for_each_pair([&](int row, int column, const float (&pair)[2]) {
     float out[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int channel = b.first_column + column + e;
-      out[e] = activated(p, pair[e] + (p.bias && channel < p.channels_out ? to_float(bias[channel]) : 0.0f));
+      out[e] = activated(
+          p, pair[e] + (p.bias && channel < p.channels_out ? to_float(bias[channel]) : 0.0f));
     }
     store_shared_values(reinterpret_cast<T*>(tile + row * kPitch) + column, out);
   });
@@ -61,13 +72,15 @@ __device__ __forceinline__ void store_tile(const ConvPlan& p, const ConvBlock& b
       const int row = i / kChunks, column = i % kChunks * kValues;
       const long long at = destinations[row];
       if (at >= 0 && b.first_column + column < p.channels_out)
-        store_global(reinterpret_cast<uint4*>(y + at + column),
-                     load_shared(reinterpret_cast<const uint4*>(tile + row * kPitch + column * sizeof(T))));
+        store_global(
+            reinterpret_cast<uint4*>(y + at + column),
+            load_shared(reinterpret_cast<const uint4*>(tile + row * kPitch + column * sizeof(T))));
     }
     return;
   }
   for (int i = threadIdx.x; i < Tile::BlockM * Tile::BlockN; i += Tile::Threads) {
-    const int row = i % Tile::BlockM, column = i / Tile::BlockM;  // lanes on pixels: coalesced when columns are dense
+    const int row = i % Tile::BlockM,
+              column = i / Tile::BlockM;  // lanes on pixels: coalesced when columns are dense
     const long long at = destinations[row];
     if (at < 0 || b.first_column + column >= p.channels_out) continue;
     float value[1];
@@ -95,11 +108,13 @@ __global__ void __launch_bounds__(Tile::Threads, Tile::MinBlocks) conv_relu(cons
 
   const ConvBlock b = conv_block<Tile>(p);
   if (b.first_row >= b.rows_h * b.rows_w * p.images) return;
-  const int depth = b.taps_h.count * b.taps_w.count * p.tap_depth, k_tiles = (depth + kDepth - 1) / kDepth;
+  const int depth = b.taps_h.count * b.taps_w.count * p.tap_depth,
+            k_tiles = (depth + kDepth - 1) / kDepth;
   const int share = (k_tiles + p.splits - 1) / p.splits;  // of the depth, in tiles
   const int first = min(b.split * share, k_tiles), last = min(first + share, k_tiles);
 
-  build_taps<Tile>(p, b, tap_entries(b.taps_h.count * b.taps_w.count, p.tap_depth, Tile::Stages * kDepth), taps);
+  build_taps<Tile>(
+      p, b, tap_entries(b.taps_h.count * b.taps_w.count, p.tap_depth, Tile::Stages * kDepth), taps);
   build_destinations<Tile>(p, b, destinations);
   const Copier<T, Tile, Bytes> image(p, b);
   const WeightCopier<T, Tile> weight(p, b);
@@ -119,7 +134,8 @@ __global__ void __launch_bounds__(Tile::Threads, Tile::MinBlocks) conv_relu(cons
   int read = 0, write = kLead * Tile::StageBytes;
 #pragma unroll 1
   for (int k_tile = first; k_tile < last; k_tile++) {
-    // Past the end of depth the copies become zeros: no branch keeps ptxas from moving them out of line.
+    // Past the end of depth the copies become zeros: no branch keeps ptxas from moving them out of
+    // line.
     image.issue(p, taps, ring + write, (k_tile + kLead) * kDepth);
     weight.issue(p, ring + write, (k_tile + kLead) * kDepth);
     cp_async_commit();

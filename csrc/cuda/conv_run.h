@@ -1,4 +1,5 @@
-// Starts the kernels of a ConvJob; one declaration a family, so that the instances compile in parallel.
+// Starts the kernels of a ConvJob; one declaration a family, so that the instances compile in
+// parallel.
 #pragma once
 
 #include "conv_job.h"

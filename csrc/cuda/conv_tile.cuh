@@ -13,21 +13,26 @@ template <int BlockM_, int BlockN_, int WarpM_, int WarpN_, int Stages_, int Min
 struct ConvTile {
   static constexpr int BlockM = BlockM_, BlockN = BlockN_, WarpM = WarpM_, WarpN = WarpN_;
   static constexpr int Stages = Stages_, MinBlocks = MinBlocks_;
-  static constexpr int WarpsM = BlockM / WarpM, WarpsN = BlockN / WarpN, Threads = 32 * WarpsM * WarpsN;
+  static constexpr int WarpsM = BlockM / WarpM, WarpsN = BlockN / WarpN,
+                       Threads = 32 * WarpsM * WarpsN;
   static constexpr int InputBytes = BlockM * kRowBytes, WeightBytes = BlockN * kRowBytes;
   static constexpr int StageBytes = InputBytes + WeightBytes, RingBytes = StageBytes * Stages;
   static_assert(WarpM % 16 == 0 && WarpN % 16 == 0, "warp tiles are made of 16x16 pieces");
 };
 
-// The tile of results on its way out: an odd number of 16-byte chunks a row spreads rows over the banks.
+// The tile of results on its way out: an odd number of 16-byte chunks a row spreads rows over the
+// banks.
 template <class Tile, class T>
 struct OutputTile {
   static constexpr int Pitch = Tile::BlockN * static_cast<int>(sizeof(T)) + 16;
   static constexpr int Bytes = Tile::BlockM * Pitch;
 };
 
-// 16-byte chunks are permuted in groups of rows spanning 128 bytes, so that eight rows fall on eight bank groups.
-__device__ __forceinline__ int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ (((row >> 1) & 3) << 4)); }
+// 16-byte chunks are permuted in groups of rows spanning 128 bytes, so that eight rows fall on
+// eight bank groups.
+__device__ __forceinline__ int swizzled(int row, int byte) {
+  return row * kRowBytes + (byte ^ (((row >> 1) & 3) << 4));
+}
 
 // What the block in hand computes.
 struct ConvBlock {
@@ -50,10 +55,13 @@ __device__ __forceinline__ ConvBlock conv_block(const ConvPlan& p) {
   b.first_row = digit(p.by_rows) * Tile::BlockM;
   b.phase = digit(p.by_phases);
   b.split = rest;
-  b.phase_h = p.by_phases_w(b.phase), b.phase_w = b.phase - b.phase_h * static_cast<int>(p.by_phases_w.divisor);
+  b.phase_h = p.by_phases_w(b.phase),
+  b.phase_w = b.phase - b.phase_h * static_cast<int>(p.by_phases_w.divisor);
   const int step_h = p.transposed ? p.h.stride : 1, step_w = p.transposed ? p.w.stride : 1;
-  b.rows_h = (p.h.out - b.phase_h + step_h - 1) / step_h, b.rows_w = (p.w.out - b.phase_w + step_w - 1) / step_w;
-  b.taps_h = phase_taps(p.h, p.transposed, b.phase_h), b.taps_w = phase_taps(p.w, p.transposed, b.phase_w);
+  b.rows_h = (p.h.out - b.phase_h + step_h - 1) / step_h,
+  b.rows_w = (p.w.out - b.phase_w + step_w - 1) / step_w;
+  b.taps_h = phase_taps(p.h, p.transposed, b.phase_h),
+  b.taps_w = phase_taps(p.w, p.transposed, b.phase_w);
   if (p.window_values) b.taps_w = {0, 1};
   return b;
 }
@@ -64,11 +72,12 @@ struct ConvPixel {
 };
 __device__ __forceinline__ ConvPixel conv_pixel(const ConvPlan& p, const ConvBlock& b, int row) {
   const unsigned line = static_cast<unsigned>(row) / b.rows_w, image = line / b.rows_h;
-  return {static_cast<int>(image), static_cast<int>(line - image * b.rows_h), static_cast<int>(row - line * b.rows_w),
-          static_cast<int>(image) < p.images};
+  return {static_cast<int>(image), static_cast<int>(line - image * b.rows_h),
+          static_cast<int>(row - line * b.rows_w), static_cast<int>(image) < p.images};
 }
 
-// A tap: how far its values lie from a pixel's origin, and the position that must be inside the image.
+// A tap: how far its values lie from a pixel's origin, and the position that must be inside the
+// image.
 struct Tap {
   long long offset;
   int row, column;
@@ -91,17 +100,18 @@ __device__ __forceinline__ void store_tap(Tap* table, const Tap& tap) {
   store_shared(reinterpret_cast<uint4*>(table), stored.word);
 }
 
-// Every depth the pipeline may ask for, its run-ahead past the end included, finds an entry; those past the end lie nowhere.
+// Every depth the pipeline may ask for, its run-ahead past the end included, finds an entry; those
+// past the end lie nowhere.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-    inline int
-    tap_entries(int taps, int tap_depth, int run_ahead) {
+    inline int tap_entries(int taps, int tap_depth, int run_ahead) {
   return taps + (run_ahead + tap_depth - 1) / tap_depth + 1;
 }
 
 template <class Tile>
-__device__ __forceinline__ void build_taps(const ConvPlan& p, const ConvBlock& b, int entries, Tap* table) {
+__device__ __forceinline__ void build_taps(const ConvPlan& p, const ConvBlock& b, int entries,
+                                           Tap* table) {
   const int taps = b.taps_h.count * b.taps_w.count;
   for (int i = threadIdx.x; i < entries; i += Tile::Threads) {
     Tap tap = {0, kNowhere, 0};

@@ -1,4 +1,5 @@
-// Division by a number known only at launch, for 0 <= n < 2^31, as one multiplication (Granlund and Montgomery).
+// Division by a number known only at launch, for 0 <= n < 2^31, as one multiplication (Granlund and
+// Montgomery).
 #pragma once
 
 namespace fastalex {
@@ -9,10 +10,11 @@ struct FastDivide {
 #ifdef __CUDACC__
   __device__
 #endif
-      int
-      operator()(int n) const {
-    const unsigned long long product = static_cast<unsigned long long>(static_cast<unsigned>(n)) * magic;
-    return static_cast<int>((static_cast<unsigned>(product >> 32) + static_cast<unsigned>(n)) >> shift);
+      int operator()(int n) const {
+    const unsigned long long product =
+        static_cast<unsigned long long>(static_cast<unsigned>(n)) * magic;
+    return static_cast<int>((static_cast<unsigned>(product >> 32) + static_cast<unsigned>(n)) >>
+                            shift);
   }
 };
 

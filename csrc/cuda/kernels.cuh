@@ -1,4 +1,5 @@
-// Every kernel in one source, for NVRTC: instantiated by name, so that only what a program uses is compiled.
+// Every kernel in one source, for NVRTC: instantiated by name, so that only what a program uses is
+// compiled.
 #pragma once
 
 #include "conv_parts.cuh"

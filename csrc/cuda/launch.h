@@ -1,4 +1,5 @@
-// Starts a kernel and checks that it started: one function for nvcc and, recording every launch, for the host runtime.
+// Starts a kernel and checks that it started: one function for nvcc and, recording every launch,
+// for the host runtime.
 #pragma once
 
 #include <stdexcept>
@@ -25,8 +26,9 @@ std::string kernel_name() {
 [[noreturn]] inline void throw_launch_error(const std::string& kernel, const LaunchShape& shape,
                                             const std::string& reason) {
   throw std::runtime_error("fastalex: " + kernel + " did not start: " + reason + " (" +
-                           std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
-                           " threads, " + std::to_string(shape.shared_bytes) + " bytes of shared memory)");
+                           std::to_string(shape.blocks) + " blocks of " +
+                           std::to_string(shape.threads) + " threads, " +
+                           std::to_string(shape.shared_bytes) + " bytes of shared memory)");
 }
 
 }  // namespace fastalex
@@ -43,9 +45,11 @@ void launch(const LaunchShape& shape, Stream stream, const Plan& plan) {
     throw_launch_error(kernel_name<Kernel>(), shape, "a grid has at most 2^31 - 1 blocks");
   cudaError_t error = cudaSuccess;
   if (shape.shared_bytes > 48 * 1024)  // more than the default must be asked for
-    error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shape.shared_bytes);
   if (error == cudaSuccess) {
-    Kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream>>>(plan);
+    Kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream>>>(
+        plan);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess)

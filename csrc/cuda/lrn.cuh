@@ -1,4 +1,5 @@
-// y = x * s^-beta, s_c = k + scale * (sum of x_j^2 over the window of c): 2 * N*C*H*W * sizeof(T) bytes, read once, written once.
+// y = x * s^-beta, s_c = k + scale * (sum of x_j^2 over the window of c): 2 * N*C*H*W * sizeof(T)
+// bytes, read once, written once.
 #pragma once
 
 #include "lrn_window.cuh"
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_channels_last(const LrnPlan p
   const ImageItem at = image_item(p.by_blocks, p.items);
   if (!at.inside) return;
   const int pixel = p.by_packs(at.item), channel = (at.item - pixel * p.packs) * V;
-  const int row = p.by_columns(pixel), column = pixel - row * static_cast<int>(p.by_columns.divisor);
+  const int row = p.by_columns(pixel),
+            column = pixel - row * static_cast<int>(p.by_columns.divisor);
   const T* x = static_cast<const T*>(p.x) + at.image * p.x_stride.image + row * p.x_stride.row +
                column * p.x_stride.column;
   T* y = static_cast<T*>(p.y) + at.image * p.y_stride.image + row * p.y_stride.row +
@@ -48,18 +50,22 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_channels_last(const LrnPlan p
   store_values(y + channel, v);
 }
 
-// Where a thread of a channels-first kernel works: V pixels of a row, and a run of channels inside one group.
+// Where a thread of a channels-first kernel works: V pixels of a row, and a run of channels inside
+// one group.
 struct ChannelWalk {
   int row, column;
   ChannelRange group, run;
 };
 template <int V>
-__device__ __forceinline__ ChannelWalk channel_walk(const LrnWindow& w, int item, int packs, int segment,
-                                                    const FastDivide& by_columns, const FastDivide& by_packs,
+__device__ __forceinline__ ChannelWalk channel_walk(const LrnWindow& w, int item, int packs,
+                                                    int segment, const FastDivide& by_columns,
+                                                    const FastDivide& by_packs,
                                                     const FastDivide& by_segments) {
   const int index = by_packs(item), pack = item - index * packs;
-  const int row = by_columns(pack), column = (pack - row * static_cast<int>(by_columns.divisor)) * V;
-  const int group = by_segments(index), part = index - group * static_cast<int>(by_segments.divisor);
+  const int row = by_columns(pack),
+            column = (pack - row * static_cast<int>(by_columns.divisor)) * V;
+  const int group = by_segments(index),
+            part = index - group * static_cast<int>(by_segments.divisor);
   const ChannelRange range = {group * w.group_channels, (group + 1) * w.group_channels};
   const int begin = range.begin + part * segment;
   return {row, column, range, {begin, min(begin + segment, range.end)}};
@@ -73,8 +79,8 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_channels_first(const LrnPlan 
   const LrnWindow& w = p.window;
   const ChannelWalk walk =
       channel_walk<V>(w, at.item, p.packs, p.segment, p.by_columns, p.by_packs, p.by_segments);
-  const T* x = static_cast<const T*>(p.x) + at.image * p.x_stride.image + walk.row * p.x_stride.row +
-               walk.column * p.x_stride.column;
+  const T* x = static_cast<const T*>(p.x) + at.image * p.x_stride.image +
+               walk.row * p.x_stride.row + walk.column * p.x_stride.column;
   T* y = static_cast<T*>(p.y) + at.image * p.y_stride.image + walk.row * p.y_stride.row +
          walk.column * p.y_stride.column;
   float out[V];

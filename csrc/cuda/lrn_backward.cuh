@@ -1,5 +1,6 @@
-// gx_c = g_c s_c^-beta - 2 scale beta x_c * (sum of g_j x_j s_j^(-beta-1) over the windows j that hold c), s from x again.
-// Bytes: x and g read, gx written, nothing saved by forward. With Pooled, g is gathered through max-pooling's offsets.
+// gx_c = g_c s_c^-beta - 2 scale beta x_c * (sum of g_j x_j s_j^(-beta-1) over the windows j that
+// hold c), s from x again. Bytes: x and g read, gx written, nothing saved by forward. With Pooled,
+// g is gathered through max-pooling's offsets.
 #pragma once
 
 #include "lrn.cuh"
@@ -16,13 +17,14 @@ struct LrnBackwardPlan {
 };
 
 template <class T, int V, bool Pooled>
-__device__ __forceinline__ void incoming_gradient(const LrnBackwardPlan& p, long long image, int row, int column,
-                                                  int channel, float (&g)[V]) {
+__device__ __forceinline__ void incoming_gradient(const LrnBackwardPlan& p, long long image,
+                                                  int row, int column, int channel, float (&g)[V]) {
   if constexpr (Pooled) {
     gather_pool_gradient<T, V, 0>(p.pool, image, row, column, channel, g);
   } else {
-    load_values(static_cast<const T*>(p.grad) + image * p.grad_stride.image + channel * p.grad_stride.channel +
-                    row * p.grad_stride.row + column * p.grad_stride.column,
+    load_values(static_cast<const T*>(p.grad) + image * p.grad_stride.image +
+                    channel * p.grad_stride.channel + row * p.grad_stride.row +
+                    column * p.grad_stride.column,
                 g);
   }
 }
@@ -32,27 +34,33 @@ struct GradientTerms {
   float cross;   // g x s^(-beta-1)
 };
 template <int Size>
-__device__ __forceinline__ GradientTerms gradient_terms(const LrnWindow& w, float g, float x, float squares) {
+__device__ __forceinline__ GradientTerms gradient_terms(const LrnWindow& w, float g, float x,
+                                                        float squares) {
   const InversePowers s = inverse_powers<Size>(w, lrn_sum(w, squares));
   return {g * s.power, g * x * s.next};
 }
-__device__ __forceinline__ float input_gradient(const LrnWindow& w, float direct, float x, float crosses) {
+__device__ __forceinline__ float input_gradient(const LrnWindow& w, float direct, float x,
+                                                float crosses) {
   return fmaf(-2.0f * w.scale * w.beta * x, crosses, direct);
 }
 
-// Channels side by side: threads exchange their cross terms through shared memory; the packs at a block's two ends only
-// contribute, and are the next block's own work.
+// Channels side by side: threads exchange their cross terms through shared memory; the packs at a
+// block's two ends only contribute, and are the next block's own work.
 template <class T, int V, int Size, bool Pooled>
 __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const LrnBackwardPlan p) {
-  constexpr int kWord = V < 4 ? V : 4, kWords = V / kWord;  // 16-byte words, a plane each: no bank conflict
+  constexpr int kWord = V < 4 ? V : 4,
+                kWords = V / kWord;  // 16-byte words, a plane each: no bank conflict
   float* crosses = reinterpret_cast<float*>(dynamic_shared());
   const LrnWindow& w = p.lrn.window;
-  const int image = p.lrn.by_blocks(blockIdx.x), block = blockIdx.x - image * p.lrn.by_blocks.divisor;
+  const int image = p.lrn.by_blocks(blockIdx.x),
+            block = blockIdx.x - image * p.lrn.by_blocks.divisor;
   const int own = kLrnThreads - p.halo_low - p.halo_high;
   const int thread = threadIdx.x, item = block * own + thread - p.halo_low;
   const bool inside = item >= 0 && item < p.lrn.items;
-  const int pixel = inside ? p.lrn.by_packs(item) : 0, channel = inside ? (item - pixel * p.lrn.packs) * V : 0;
-  const int row = p.lrn.by_columns(pixel), column = pixel - row * static_cast<int>(p.lrn.by_columns.divisor);
+  const int pixel = inside ? p.lrn.by_packs(item) : 0,
+            channel = inside ? (item - pixel * p.lrn.packs) * V : 0;
+  const int row = p.lrn.by_columns(pixel),
+            column = pixel - row * static_cast<int>(p.lrn.by_columns.divisor);
 
   float x[V] = {}, direct[V] = {}, cross[V] = {};
   if (inside) {
@@ -60,7 +68,8 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const 
     float g[V], squares[V];
     incoming_gradient<T, V, Pooled>(p, image, row, column, channel, g);
     channel_window_sums<T, V, Size>(
-        w, static_cast<const T*>(p.lrn.x) + image * s.image + row * s.row + column * s.column, 1, channel, x, squares);
+        w, static_cast<const T*>(p.lrn.x) + image * s.image + row * s.row + column * s.column, 1,
+        channel, x, squares);
 #pragma unroll
     for (int i = 0; i < V; i++) {
       const GradientTerms terms = gradient_terms<Size>(w, g[i], x[i], squares[i]);
@@ -78,7 +87,8 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const 
   if (!inside || thread < p.halo_low || thread >= kLrnThreads - p.halo_high) return;
 
   const ChannelRange group = group_of(w, channel);
-  const int before = reach_after<Size>(w), after = reach_before<Size>(w);  // the mirror image of the window
+  const int before = reach_after<Size>(w),
+            after = reach_before<Size>(w);  // the mirror image of the window
   float total[V] = {};
 #pragma unroll(Size ? 8 : 1)
   for (int pack = -round_up(before, V); pack < V + after; pack += V) {
@@ -100,22 +110,26 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const 
 #pragma unroll
   for (int i = 0; i < V; i++) out[i] = input_gradient(w, direct[i], x[i], total[i]);
   const Strides& s = p.lrn.y_stride;
-  store_values(static_cast<T*>(p.lrn.y) + image * s.image + row * s.row + column * s.column + channel, out);
+  store_values(
+      static_cast<T*>(p.lrn.y) + image * s.image + row * s.row + column * s.column + channel, out);
 }
 
-// Pixels side by side: channel m is normalised and its cross term joins a second running window, which completes the
-// gradient of the channel `before` steps behind.
+// Pixels side by side: channel m is normalised and its cross term joins a second running window,
+// which completes the gradient of the channel `before` steps behind.
 template <class T, int V, int Size, bool Pooled>
-__global__ void __launch_bounds__(kLrnThreads, 2) lrn_backward_channels_first(const LrnBackwardPlan p) {
+__global__ void __launch_bounds__(kLrnThreads, 2)
+    lrn_backward_channels_first(const LrnBackwardPlan p) {
   constexpr int kBefore = Size / 2, kAfter = Size - 1 - kBefore;
   const ImageItem at = image_item(p.lrn.by_blocks, p.lrn.items);
   if (!at.inside) return;
   const LrnWindow& w = p.lrn.window;
-  const ChannelWalk walk = channel_walk<V>(w, at.item, p.lrn.packs, p.lrn.segment, p.lrn.by_columns, p.lrn.by_packs,
-                                           p.lrn.by_segments);
+  const ChannelWalk walk = channel_walk<V>(w, at.item, p.lrn.packs, p.lrn.segment, p.lrn.by_columns,
+                                           p.lrn.by_packs, p.lrn.by_segments);
   const Strides &xs = p.lrn.x_stride, &ys = p.lrn.y_stride;
-  const T* x = static_cast<const T*>(p.lrn.x) + at.image * xs.image + walk.row * xs.row + walk.column * xs.column;
-  T* y = static_cast<T*>(p.lrn.y) + at.image * ys.image + walk.row * ys.row + walk.column * ys.column;
+  const T* x = static_cast<const T*>(p.lrn.x) + at.image * xs.image + walk.row * xs.row +
+               walk.column * xs.column;
+  T* y =
+      static_cast<T*>(p.lrn.y) + at.image * ys.image + walk.row * ys.row + walk.column * ys.column;
 
   RunningWindow<V, Size> window, crosses;
   RunningWindow<V, kBefore + 1> directs;
@@ -135,7 +149,8 @@ __global__ void __launch_bounds__(kLrnThreads, 2) lrn_backward_channels_first(co
       incoming_gradient<T, V, Pooled>(p, at.image, walk.row, walk.column, m, g);
 #pragma unroll
       for (int i = 0; i < V; i++) {
-        const GradientTerms terms = gradient_terms<Size>(w, g[i], window.x[kBefore][i], window.squares(i));
+        const GradientTerms terms =
+            gradient_terms<Size>(w, g[i], window.x[kBefore][i], window.squares(i));
         direct[i] = terms.direct, cross[i] = terms.cross;
       }
     }
@@ -143,24 +158,29 @@ __global__ void __launch_bounds__(kLrnThreads, 2) lrn_backward_channels_first(co
     if (m - kBefore < walk.run.begin) continue;
     float out[V];
 #pragma unroll
-    for (int i = 0; i < V; i++) out[i] = input_gradient(w, directs.x[0][i], window.x[0][i], crosses.total(i));
+    for (int i = 0; i < V; i++)
+      out[i] = input_gradient(w, directs.x[0][i], window.x[0][i], crosses.total(i));
     store_values(y + (m - kBefore) * ys.channel, out);
   }
 }
 
-// Any window, any strides: a thread takes one element and recomputes every sum it needs, O(size^2) loads through L1.
+// Any window, any strides: a thread takes one element and recomputes every sum it needs, O(size^2)
+// loads through L1.
 template <class T, bool Pooled>
 __global__ void __launch_bounds__(kLrnThreads) lrn_backward_direct(const LrnBackwardPlan p) {
   const ImageItem at = image_item(p.lrn.by_blocks, p.lrn.items);
   if (!at.inside) return;
   const LrnWindow& w = p.lrn.window;
-  const ChannelWalk walk = channel_walk<1>(w, at.item, p.lrn.packs, p.lrn.segment, p.lrn.by_columns, p.lrn.by_packs,
-                                           p.lrn.by_segments);
+  const ChannelWalk walk = channel_walk<1>(w, at.item, p.lrn.packs, p.lrn.segment, p.lrn.by_columns,
+                                           p.lrn.by_packs, p.lrn.by_segments);
   const Strides &xs = p.lrn.x_stride, &ys = p.lrn.y_stride;
-  const T* x = static_cast<const T*>(p.lrn.x) + at.image * xs.image + walk.row * xs.row + walk.column * xs.column;
-  T* y = static_cast<T*>(p.lrn.y) + at.image * ys.image + walk.row * ys.row + walk.column * ys.column;
+  const T* x = static_cast<const T*>(p.lrn.x) + at.image * xs.image + walk.row * xs.row +
+               walk.column * xs.column;
+  T* y =
+      static_cast<T*>(p.lrn.y) + at.image * ys.image + walk.row * ys.row + walk.column * ys.column;
   for (int c = walk.run.begin; c < walk.run.end; c++) {
-    const int first = max(walk.group.begin, c - w.after), last = min(walk.group.end - 1, c + w.before);
+    const int first = max(walk.group.begin, c - w.after),
+              last = min(walk.group.end - 1, c + w.before);
     float direct = 0.0f, own = 0.0f, total = 0.0f;
     for (int j = first; j <= last; j++) {
       float g[1], v[1], squares[1];

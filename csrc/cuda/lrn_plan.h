@@ -1,4 +1,5 @@
-// From views to the plan of a normalization kernel: the layout, the access width, the number of blocks.
+// From views to the plan of a normalization kernel: the layout, the access width, the number of
+// blocks.
 #pragma once
 
 #include <vector>
@@ -15,7 +16,8 @@ struct LrnLayout {
   bool direct;  // backward with a window too large to exchange inside a block
 };
 
-inline LrnLayout lrn_layout(DType dtype, std::vector<View> views, const LrnParams& params, bool keep_rows) {
+inline LrnLayout lrn_layout(DType dtype, std::vector<View> views, const LrnParams& params,
+                            bool keep_rows) {
   LrnLayout layout = {std::move(views), true, wide_values(dtype), false};
   for (const View& v : layout.views) layout.channels_last &= channels_are_dense(v);
   if (!keep_rows) {
@@ -28,20 +30,21 @@ inline LrnLayout lrn_layout(DType dtype, std::vector<View> views, const LrnParam
   const long long group = layout.views[0].size[1] / params.groups;
   for (const View& v : layout.views) {
     const bool dense = layout.channels_last ? group % layout.values == 0 : v.stride[3] == 1;
-    if (!dense || !packs_are_aligned(v, bytes_of(dtype), layout.values, layout.channels_last)) layout.values = 1;
+    if (!dense || !packs_are_aligned(v, bytes_of(dtype), layout.values, layout.channels_last))
+      layout.values = 1;
   }
   return layout;
 }
 
-inline LaunchShape image_blocks(long long images, long long items, long long items_a_block, int shared_bytes,
-                                FastDivide* by_blocks) {
+inline LaunchShape image_blocks(long long images, long long items, long long items_a_block,
+                                int shared_bytes, FastDivide* by_blocks) {
   const long long blocks = ceil_div(items, items_a_block);
   *by_blocks = fast_divide(std::max(blocks, 1ll));
   return {images * blocks, kLrnThreads, shared_bytes};
 }
 
-inline LrnPlan make_lrn_plan(const LrnLayout& layout, const View& x, const View& y, const LrnParams& params,
-                             LaunchShape* shape) {
+inline LrnPlan make_lrn_plan(const LrnLayout& layout, const View& x, const View& y,
+                             const LrnParams& params, LaunchShape* shape) {
   const View &in = layout.views[0], &out = layout.views[1];
   LrnPlan p = {};
   p.x = x.data, p.y = y.data, p.x_stride = in.strides(), p.y_stride = out.strides();
@@ -53,7 +56,8 @@ inline LrnPlan make_lrn_plan(const LrnLayout& layout, const View& x, const View&
     p.by_columns = fast_divide(std::max(columns, 1ll)), p.by_segments = fast_divide(1);
     items = rows * columns * p.packs;
   } else {
-    const long long packs = columns / layout.values, threads = in.size[0] * params.groups * rows * packs;
+    const long long packs = columns / layout.values,
+                    threads = in.size[0] * params.groups * rows * packs;
     const long long parts = std::clamp(kResidentThreads / std::max(threads, 1ll), 1ll,
                                        std::max(p.window.group_channels / 16ll, 1ll));
     p.segment = static_cast<int>(ceil_div(p.window.group_channels, parts));
@@ -68,22 +72,25 @@ inline LrnPlan make_lrn_plan(const LrnLayout& layout, const View& x, const View&
   return p;
 }
 
-// With `pool` the gradient is gathered from pooling, else `grad` has x's shape (and its folded view is views[2]).
+// With `pool` the gradient is gathered from pooling, else `grad` has x's shape (and its folded view
+// is views[2]).
 inline LrnBackwardPlan make_lrn_backward_plan(LrnLayout& layout, const View& x, const View& grad_x,
-                                              const LrnParams& params, const PoolGradient* pool, const View* grad,
-                                              LaunchShape* shape) {
+                                              const LrnParams& params, const PoolGradient* pool,
+                                              const View* grad, LaunchShape* shape) {
   LrnBackwardPlan p = {};
   const LrnWindow w = make_window(x, params);
   p.halo_low = static_cast<int>(ceil_div(w.after, layout.values));
   p.halo_high = static_cast<int>(ceil_div(w.before, layout.values));
-  layout.direct = layout.channels_last ? p.halo_low + p.halo_high > kLrnThreads / 2 : !is_alexnet(params);
+  layout.direct =
+      layout.channels_last ? p.halo_low + p.halo_high > kLrnThreads / 2 : !is_alexnet(params);
   if (layout.direct) layout.channels_last = false, layout.values = 1;
   p.lrn = make_lrn_plan(layout, x, grad_x, params, shape);
   if (pool) p.pool = *pool;
   if (grad) p.grad = grad->data, p.grad_stride = layout.views[2].strides();
   if (layout.channels_last)
     *shape = image_blocks(x.size[0], p.lrn.items, kLrnThreads - p.halo_low - p.halo_high,
-                          static_cast<int>(kLrnThreads * layout.values * sizeof(float)), &p.lrn.by_blocks);
+                          static_cast<int>(kLrnThreads * layout.values * sizeof(float)),
+                          &p.lrn.by_blocks);
   return p;
 }
 

@@ -1,4 +1,5 @@
-// The arithmetic of local response normalization: windows of squares, and the power -beta of their sums.
+// The arithmetic of local response normalization: windows of squares, and the power -beta of their
+// sums.
 #pragma once
 
 #include "pack.cuh"
@@ -6,8 +7,9 @@
 
 namespace fastalex {
 
-// Channel c is normalised by s_c = k + scale * sum of x_j^2 over j in [c - before, c + after], inside c's group.
-// Template argument Size: 5 fixes the window to five channels and beta to 3/4, 0 takes both from here.
+// Channel c is normalised by s_c = k + scale * sum of x_j^2 over j in [c - before, c + after],
+// inside c's group. Template argument Size: 5 fixes the window to five channels and beta to 3/4, 0
+// takes both from here.
 struct LrnWindow {
   int channels, group_channels, before, after;
   float scale, beta, k;
@@ -27,7 +29,8 @@ __device__ __forceinline__ float lrn_sum(const LrnWindow& w, float squares) {
   return fmaf(w.scale, squares, w.k);
 }
 
-// s^-beta and s^(-beta-1). With beta = 3/4 and r = s^-1/2 the first is r sqrt(r): 4.5 ulp at most, and 0 for s = inf.
+// s^-beta and s^(-beta-1). With beta = 3/4 and r = s^-1/2 the first is r sqrt(r): 4.5 ulp at most,
+// and 0 for s = inf.
 struct InversePowers {
   float power, next;
 };
@@ -56,10 +59,12 @@ __device__ __forceinline__ ChannelRange group_of(const LrnWindow& w, int channel
 
 __device__ constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-// Sums of squares for V neighbouring channels of one pixel. Neighbours come through L1: all packs are asked for at once.
+// Sums of squares for V neighbouring channels of one pixel. Neighbours come through L1: all packs
+// are asked for at once.
 template <class T, int V, int Size>
-__device__ __forceinline__ void channel_window_sums(const LrnWindow& w, const T* pixel, long long stride,
-                                                    int first, float (&x)[V], float (&squares)[V]) {
+__device__ __forceinline__ void channel_window_sums(const LrnWindow& w, const T* pixel,
+                                                    long long stride, int first, float (&x)[V],
+                                                    float (&squares)[V]) {
   const ChannelRange group = group_of(w, first);
   const int before = reach_before<Size>(w), after = reach_after<Size>(w);
 #pragma unroll
@@ -85,10 +90,12 @@ __device__ __forceinline__ void channel_window_sums(const LrnWindow& w, const T*
 
 // The same for one channel of V neighbouring pixels.
 template <class T, int V>
-__device__ __forceinline__ void pixel_window_sums(const LrnWindow& w, const T* pixels, long long stride,
-                                                  int channel, float (&x)[V], float (&squares)[V]) {
+__device__ __forceinline__ void pixel_window_sums(const LrnWindow& w, const T* pixels,
+                                                  long long stride, int channel, float (&x)[V],
+                                                  float (&squares)[V]) {
   const ChannelRange group = group_of(w, channel);
-  const int begin = max(group.begin, channel - w.before), end = min(group.end, channel + w.after + 1);
+  const int begin = max(group.begin, channel - w.before),
+            end = min(group.end, channel + w.after + 1);
 #pragma unroll
   for (int i = 0; i < V; i++) squares[i] = 0.0f;
   for (int j = begin; j < end; j++) {

@@ -1,4 +1,5 @@
-// Max-pooling with torch's semantics. Bytes: x read once (overlaps come from L1), y and one byte an output written.
+// Max-pooling with torch's semantics. Bytes: x read once (overlaps come from L1), y and one byte an
+// output written.
 #pragma once
 
 #include "pool_window.cuh"
@@ -33,20 +34,23 @@ __device__ __forceinline__ PoolPlace pool_place(const MaxPoolPlan& p) {
   if (V > 1 || p.channels_last) {
     const int place = p.by_packs(item), channel = (item - place * p.packs) * V;
     const int band = p.by_out_w(place);
-    return {image, band, place - band * static_cast<int>(p.by_out_w.divisor), channel, item < p.items};
+    return {image, band, place - band * static_cast<int>(p.by_out_w.divisor), channel,
+            item < p.items};
   }
   const int line = p.by_out_w(item), channel = p.by_bands(line);
   return {image, line - channel * static_cast<int>(p.by_bands.divisor),
           item - line * static_cast<int>(p.by_out_w.divisor), channel, item < p.items};
 }
 
-// Kernel: 3 unrolls a 3x3 window, so that its nine loads are in flight together; 0 takes any window.
+// Kernel: 3 unrolls a 3x3 window, so that its nine loads are in flight together; 0 takes any
+// window.
 template <class T, int V, bool Save, int Kernel>
 __global__ void __launch_bounds__(kPoolThreads) max_pool(const MaxPoolPlan p) {
   const PoolPlace at = pool_place<V>(p);
   if (!at.inside) return;
   const PoolAxis &h = p.window.h, &w = p.window.w;
-  const T* x = static_cast<const T*>(p.x) + at.image * p.x_stride.image + at.channel * p.x_stride.channel;
+  const T* x =
+      static_cast<const T*>(p.x) + at.image * p.x_stride.image + at.channel * p.x_stride.channel;
   const int left = at.column * w.stride - w.padding;
   const int end = min((at.band + 1) * p.band, h.out);
   for (int oh = at.band * p.band; oh < end; oh++) {
@@ -64,18 +68,22 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool(const MaxPoolPlan p) {
           load_values(x + row * p.x_stride.row + column * p.x_stride.column, v);
         best.take(v, r * w.kernel + s);
       }
-    store_values(static_cast<T*>(p.y) + at.image * p.y_stride.image + at.channel * p.y_stride.channel +
-                     oh * p.y_stride.row + at.column * p.y_stride.column,
+    store_values(static_cast<T*>(p.y) + at.image * p.y_stride.image +
+                     at.channel * p.y_stride.channel + oh * p.y_stride.row +
+                     at.column * p.y_stride.column,
                  best.value);
     if constexpr (Save) {
       const Strides& s = p.offsets_stride;
-      store_positions(p.offsets, p.wide_offsets,
-                      at.image * s.image + at.channel * s.channel + oh * s.row + at.column * s.column, best.position);
+      store_positions(
+          p.offsets, p.wide_offsets,
+          at.image * s.image + at.channel * s.channel + oh * s.row + at.column * s.column,
+          best.position);
     }
   }
 }
 
-// gx: each input gathers the gradients of the windows it won. The plan's y is gx, its "outputs" are the inputs.
+// gx: each input gathers the gradients of the windows it won. The plan's y is gx, its "outputs" are
+// the inputs.
 struct MaxPoolBackwardPlan {
   MaxPoolPlan place;
   PoolGradient gradient;
@@ -86,7 +94,8 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_backward(const MaxPoolB
   const PoolPlace at = pool_place<V>(p.place);
   if (!at.inside) return;
   const Strides& s = p.place.y_stride;
-  T* y = static_cast<T*>(p.place.y) + at.image * s.image + at.channel * s.channel + at.column * s.column;
+  T* y = static_cast<T*>(p.place.y) + at.image * s.image + at.channel * s.channel +
+         at.column * s.column;
   const int end = min((at.band + 1) * p.place.band, p.gradient.window.h.size);
   for (int row = at.band * p.place.band; row < end; row++) {
     float sum[V];

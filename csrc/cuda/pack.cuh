@@ -1,4 +1,5 @@
-// Packs: V neighbouring values of type T, moved as one word of up to 16 bytes and computed on in float32.
+// Packs: V neighbouring values of type T, moved as one word of up to 16 bytes and computed on in
+// float32.
 #pragma once
 
 #include "ptx.cuh"

@@ -1,4 +1,5 @@
-// From views to the plan of a pooling kernel: the layout, the access width, the rows a thread walks down.
+// From views to the plan of a pooling kernel: the layout, the access width, the rows a thread walks
+// down.
 #pragma once
 
 #include <initializer_list>
@@ -18,7 +19,8 @@ inline bool offsets_are_packed(const Offsets& offsets, int values, bool channels
                                 packs_are_aligned(offsets.view, 1, values, channels_last));
 }
 
-inline PoolLayout pool_layout(DType dtype, std::initializer_list<View> views, const Offsets& offsets) {
+inline PoolLayout pool_layout(DType dtype, std::initializer_list<View> views,
+                              const Offsets& offsets) {
   PoolLayout layout = {true, wide_values(dtype)};
   for (const View& v : views) layout.channels_last &= channels_are_dense(v);
   for (const View& v : views)
@@ -28,13 +30,15 @@ inline PoolLayout pool_layout(DType dtype, std::initializer_list<View> views, co
 }
 
 // The part of a plan that deals threads to the elements of `over`; bands of up to `rows` rows.
-inline MaxPoolPlan make_place(const PoolLayout& layout, const View& over, int rows, LaunchShape* shape) {
+inline MaxPoolPlan make_place(const PoolLayout& layout, const View& over, int rows,
+                              LaunchShape* shape) {
   MaxPoolPlan p = {};
   const long long height = over.size[2], width = over.size[3];
   p.channels_last = layout.channels_last;
   p.packs = to_int(over.size[1] / layout.values, "the number of channels");
   const long long threads = over.size[0] * p.packs * height * width;
-  p.band = static_cast<int>(std::clamp(threads / kResidentThreads, 1ll, static_cast<long long>(rows)));
+  p.band =
+      static_cast<int>(std::clamp(threads / kResidentThreads, 1ll, static_cast<long long>(rows)));
   if (!layout.channels_last) p.band = 1;
   const long long bands = ceil_div(height, p.band), items = bands * width * p.packs;
   p.by_packs = fast_divide(std::max(p.packs, 1)), p.by_out_w = fast_divide(std::max(width, 1ll));

@@ -1,4 +1,5 @@
-// Max-pooling windows: torch's rule for the winner, and the gather that sends a gradient back to it.
+// Max-pooling windows: torch's rule for the winner, and the gather that sends a gradient back to
+// it.
 #pragma once
 
 #include "pack.cuh"
@@ -14,8 +15,9 @@ struct PoolWindow {
   PoolAxis h, w;
 };
 
-// The maxima of V windows and the positions of their winners. A NaN always replaces, a larger value replaces, an equal
-// one does not. Padding is -inf, and `first` is the first position inside the input: it keeps a window of -inf.
+// The maxima of V windows and the positions of their winners. A NaN always replaces, a larger value
+// replaces, an equal one does not. Padding is -inf, and `first` is the first position inside the
+// input: it keeps a window of -inf.
 template <int V, bool Save>
 struct Winners {
   float value[V];
@@ -36,7 +38,8 @@ struct Winners {
   }
 };
 
-// The first position of a window that lies inside the input; 0 for a window that dilation carries over a small input.
+// The first position of a window that lies inside the input; 0 for a window that dilation carries
+// over a small input.
 __device__ __forceinline__ int first_tap(const PoolAxis& a, int start) {
   return start >= 0 ? 0 : a.by_dilation(a.dilation - 1 - start);
 }
@@ -48,7 +51,8 @@ __device__ __forceinline__ int first_position(const PoolWindow& p, int top, int 
 }
 
 template <int V>
-__device__ __forceinline__ void store_positions(void* offsets, bool wide, long long index, const int (&position)[V]) {
+__device__ __forceinline__ void store_positions(void* offsets, bool wide, long long index,
+                                                const int (&position)[V]) {
   if constexpr (V == 1) {
     if (wide) {
       store_global(static_cast<unsigned*>(offsets) + index, static_cast<unsigned>(position[0]));
@@ -58,11 +62,13 @@ __device__ __forceinline__ void store_positions(void* offsets, bool wide, long l
   Pack<unsigned char, V> pack;
 #pragma unroll
   for (int i = 0; i < V; i++) pack.value[i] = static_cast<unsigned char>(position[i]);
-  store_global(reinterpret_cast<typename Pack<unsigned char, V>::Word*>(static_cast<unsigned char*>(offsets) + index),
+  store_global(reinterpret_cast<typename Pack<unsigned char, V>::Word*>(
+                   static_cast<unsigned char*>(offsets) + index),
                pack.word);
 }
 template <int V>
-__device__ __forceinline__ void load_positions(const void* offsets, bool wide, long long index, int (&position)[V]) {
+__device__ __forceinline__ void load_positions(const void* offsets, bool wide, long long index,
+                                               int (&position)[V]) {
   if constexpr (V == 1) {
     if (wide) {
       position[0] = static_cast<int>(load_global(static_cast<const unsigned*>(offsets) + index));
@@ -105,10 +111,13 @@ __device__ __forceinline__ int tap_of(const PoolAxis& a, const OutputRange& rang
 // Sum of the gradients of all windows won by input (row, column), in a fixed order.
 // Reach: at most that many windows an axis, all loaded at once; 0: any number.
 template <class T, int V, int Reach>
-__device__ __forceinline__ void gather_pool_gradient(const PoolGradient& p, long long image, int row, int column,
-                                                     int channel, float (&sum)[V]) {
-  const OutputRange rows = outputs_over(p.window.h, row), columns = outputs_over(p.window.w, column);
-  const T* grad = static_cast<const T*>(p.grad) + image * p.grad_stride.image + channel * p.grad_stride.channel;
+__device__ __forceinline__ void gather_pool_gradient(const PoolGradient& p, long long image,
+                                                     int row, int column, int channel,
+                                                     float (&sum)[V]) {
+  const OutputRange rows = outputs_over(p.window.h, row),
+                    columns = outputs_over(p.window.w, column);
+  const T* grad =
+      static_cast<const T*>(p.grad) + image * p.grad_stride.image + channel * p.grad_stride.channel;
   const long long offsets = image * p.offsets_stride.image + channel * p.offsets_stride.channel;
 #pragma unroll
   for (int i = 0; i < V; i++) sum[i] = 0.0f;

@@ -1,4 +1,5 @@
-// Every instruction that CUDA C++ has no word for: PTX here, and a twin of each for g++ in tests/support/host_cuda.
+// Every instruction that CUDA C++ has no word for: PTX here, and a twin of each for g++ in
+// tests/support/host_cuda.
 #pragma once
 
 #ifdef __CUDACC__
@@ -36,7 +37,8 @@ __device__ __forceinline__ void store_shared(Word* pointer, Word word) {
   *pointer = word;
 }
 
-// s^-1/2 within 2 ulp and x^1/2 within 1 ulp, as one instruction each: zeros, infinities and denormals included.
+// s^-1/2 within 2 ulp and x^1/2 within 1 ulp, as one instruction each: zeros, infinities and
+// denormals included.
 __device__ __forceinline__ float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -60,7 +62,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], SharedAddres
                : "r"(row));
 }
 
-// Asynchronous global to shared copy: the first `valid` of `Bytes` bytes are read, the others become zero.
+// Asynchronous global to shared copy: the first `valid` of `Bytes` bytes are read, the others
+// become zero.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(SharedAddress destination, const void* source, int valid) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");

@@ -1,4 +1,5 @@
-// torch.ops.fastalex_cuda: convolution with bias and ReLU, and the choice between IEEE float32 and TF32.
+// torch.ops.fastalex_cuda: convolution with bias and ReLU, and the choice between IEEE float32 and
+// TF32.
 #include <atomic>
 #include <optional>
 #include <tuple>
@@ -10,10 +11,12 @@ namespace {
 
 std::atomic<bool> tf32_allowed = false;
 
-ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
+ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                       int64_t groups) {
   ConvParams p;
   for (int axis = 0; axis < 2; axis++) {
-    p.stride[axis] = static_cast<int>(stride[axis]), p.padding[axis] = static_cast<int>(padding[axis]);
+    p.stride[axis] = static_cast<int>(stride[axis]),
+    p.padding[axis] = static_cast<int>(padding[axis]);
     p.dilation[axis] = static_cast<int>(dilation[axis]);
   }
   p.groups = static_cast<int>(groups), p.tf32 = tf32_allowed;
@@ -24,24 +27,28 @@ void check_conv(const Tensor& input, const Tensor& weight, int64_t groups, const
   check_cuda(input, op, "input");
   check_like(weight, input, op, "weight");
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "fastalex_cuda::", op,
-                  ": input must be [N, C, H, W] and weight [K, C / groups, R, S], got ", describe(input), " and ",
-                  describe(weight));
-  STD_TORCH_CHECK(groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
-                  "fastalex_cuda::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
-                  " channels in ", groups, " groups");
+                  ": input must be [N, C, H, W] and weight [K, C / groups, R, S], got ",
+                  describe(input), " and ", describe(weight));
+  STD_TORCH_CHECK(
+      groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
+      "fastalex_cuda::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
+      " channels in ", groups, " groups");
 }
 
 Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& p, const char* op) {
   Sizes sizes = {input.size(0), weight.size(0), 0, 0};
   for (int axis = 0; axis < 2; axis++) {
-    sizes[2 + axis] = pool_outputs(input.size(2 + axis), weight.size(2 + axis), p.stride[axis], p.padding[axis],
-                                   p.dilation[axis], false);
-    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex_cuda::", op, ": the filter does not fit ", describe(input));
+    sizes[2 + axis] = pool_outputs(input.size(2 + axis), weight.size(2 + axis), p.stride[axis],
+                                   p.padding[axis], p.dilation[axis], false);
+    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex_cuda::", op, ": the filter does not fit ",
+                    describe(input));
   }
   return sizes;
 }
 
-Tensor workspace_of(long long bytes, const Tensor& like) { return empty({bytes}, ScalarType::Byte, like, false); }
+Tensor workspace_of(long long bytes, const Tensor& like) {
+  return empty({bytes}, ScalarType::Byte, like, false);
+}
 
 // A gradient that is wanted; with nothing to sum over, kernels do not run and it is zero.
 Tensor gradient_like(const Tensor& t, bool wanted, bool nothing) {
@@ -53,27 +60,32 @@ Tensor gradient_like(const Tensor& t, bool wanted, bool nothing) {
 
 }  // namespace
 
-Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Sizes& stride,
-                    const Sizes& padding, const Sizes& dilation, int64_t groups) {
+Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                    int64_t groups) {
   check_conv(input, weight, groups, "conv_relu");
   if (bias) check_like(*bias, input, "conv_relu", "bias");
   const Tensor x = dense(input);
   const ConvParams params = conv_params(stride, padding, dilation, groups);
-  Tensor y = empty(output_sizes(x, weight, params, "conv_relu"), x.scalar_type(), x, is_channels_last(x));
-  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  Tensor y =
+      empty(output_sizes(x, weight, params, "conv_relu"), x.scalar_type(), x, is_channels_last(x));
+  const std::optional<Tensor> b =
+      bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   const DType dtype = dtype_of(x, "conv_relu");
   const OnDevice device(x);
   launched("conv_relu", {&x, &weight}, [&] {
     const View vx = view_of(x), vw = view_of(weight), vy = view_of(y);
     const Tensor workspace = workspace_of(conv_relu_workspace(dtype, vx, vw, vy, params), x);
-    conv_relu(dtype, vx, vw, b ? b->data_ptr() : nullptr, vy, params, workspace.data_ptr(), device.stream());
+    conv_relu(dtype, vx, vw, b ? b->data_ptr() : nullptr, vy, params, workspace.data_ptr(),
+              device.stream());
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, const Tensor& output, const Tensor& input,
-                                                         const Tensor& weight, const Sizes& stride,
-                                                         const Sizes& padding, const Sizes& dilation, int64_t groups,
+std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, const Tensor& output,
+                                                         const Tensor& input, const Tensor& weight,
+                                                         const Sizes& stride, const Sizes& padding,
+                                                         const Sizes& dilation, int64_t groups,
                                                          const std::vector<bool>& output_mask) {
   check_conv(input, weight, groups, "conv_relu_backward");
   check_like(grad, input, "conv_relu_backward", "grad");
@@ -92,8 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, con
                                   output_mask[1] ? view_of(grad_weight) : View{},
                                   output_mask[2] ? grad_bias.data_ptr() : nullptr};
     const View vy = view_of(output), vx = view_of(x), vw = view_of(weight);
-    const Tensor workspace = workspace_of(conv_relu_backward_workspace(dtype, vy, vx, vw, wanted, params), x);
-    conv_relu_backward(dtype, view_of(g), vy, vx, vw, wanted, params, workspace.data_ptr(), device.stream());
+    const Tensor workspace =
+        workspace_of(conv_relu_backward_workspace(dtype, vy, vx, vw, wanted, params), x);
+    conv_relu_backward(dtype, view_of(g), vy, vx, vw, wanted, params, workspace.data_ptr(),
+                       device.stream());
   });
   return {grad_x, grad_weight, grad_bias};
 }
@@ -104,11 +118,14 @@ void allow_tf32_op(bool allowed) { tf32_allowed = allowed; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cuda, m) {
   m.def(
-      "conv_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "conv_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, "
       "int groups) -> Tensor");
   m.def(
-      "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, "
+      "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, int[2] stride, "
+      "int[2] padding, "
+      "int[2] dilation, int groups, bool[3] output_mask) -> (Tensor grad_input, Tensor "
+      "grad_weight, "
       "Tensor grad_bias)");
   m.def("allow_tf32(bool allowed) -> ()");
 }

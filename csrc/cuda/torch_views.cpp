@@ -1,8 +1,10 @@
 // Checks on torch tensors and their translation to views, all through the stable ABI.
 #include "torch_views.h"
 
-// Exported by every CUDA build of torch 2.11 and newer; weak, so that this library also loads beside a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+// Exported by every CUDA build of torch 2.11 and newer; weak, so that this library also loads
+// beside a CPU build.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 
 namespace fastalex {
 namespace {
@@ -34,7 +36,8 @@ MemoryFormat format_for(const Tensor& t, bool channels_last) {
 // Whether dimensions 2 to the last but one can be walked with one stride.
 bool rows_fold(const Tensor& t) {
   for (int64_t d = 2; d + 2 < t.dim(); d++)
-    if (t.size(d) > 1 && t.size(d + 1) > 1 && t.stride(d) != t.size(d + 1) * t.stride(d + 1)) return false;
+    if (t.size(d) > 1 && t.size(d + 1) > 1 && t.stride(d) != t.size(d + 1) * t.stride(d + 1))
+      return false;
   return true;
 }
 
@@ -57,22 +60,25 @@ DType dtype_of(const Tensor& t, const char* op) {
     case ScalarType::BFloat16:
       return DType::bf16;
     default:
-      throw std::runtime_error(std::string("fastalex_cuda::") + op + ": takes float32, float16 or bfloat16, got " +
-                               name_of(t.scalar_type()) + ": convert the input, or use the torch backend");
+      throw std::runtime_error(
+          std::string("fastalex_cuda::") + op + ": takes float32, float16 or bfloat16, got " +
+          name_of(t.scalar_type()) + ": convert the input, or use the torch backend");
   }
 }
 
 void check_cuda(const Tensor& t, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda(), "fastalex_cuda::", op, ": `", name,
-                  "` is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
+  STD_TORCH_CHECK(
+      t.is_cuda(), "fastalex_cuda::", op, ": `", name,
+      "` is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
 }
 
 void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
   check_cuda(t, op, name);
-  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex_cuda::", op, ": `", name,
-                  "` is on another CUDA device than the input");
-  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex_cuda::", op, ": `", name, "` is ",
-                  name_of(t.scalar_type()), " and the input ", name_of(input.scalar_type()));
+  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex_cuda::", op, ": `",
+                  name, "` is on another CUDA device than the input");
+  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex_cuda::", op, ": `", name,
+                  "` is ", name_of(t.scalar_type()), " and the input ",
+                  name_of(input.scalar_type()));
 }
 
 View view_of(const Tensor& t) {
@@ -107,14 +113,16 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool chan
                               format_for(like, channels_last));
 }
 
-int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                     int64_t dilation, bool ceil_mode) {
   const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1;
   const int64_t outputs = (reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
   return ceil_mode && (outputs - 1) * stride >= size + padding ? outputs - 1 : outputs;
 }
 
 OnDevice::OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fastalex_cuda: this torch was built without CUDA");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+                  "fastalex_cuda: this torch was built without CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   stream_ = static_cast<Stream>(stream);

@@ -39,7 +39,8 @@ Tensor dense_as(const Tensor& t, bool channels_last);
 Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 
 // Outputs of one axis of a pooling, by torch's rule.
-int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode);
+int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                     int64_t dilation, bool ceil_mode);
 
 // Makes `t`'s device current for a scope and knows its stream.
 class OnDevice {

@@ -1,4 +1,5 @@
-// How an operator sees a tensor: a pointer, four sizes, four strides; nothing of torch. Shared by launchers and tests.
+// How an operator sees a tensor: a pointer, four sizes, four strides; nothing of torch. Shared by
+// launchers and tests.
 #pragma once
 
 #include "fast_divide.h"
@@ -23,7 +24,8 @@ struct View {
   Strides strides() const { return {stride[0], stride[1], stride[2], stride[3]}; }
 };
 
-// Channels side by side. One channel, or one pixel an image, may read as both layouts: pixels win with one channel.
+// Channels side by side. One channel, or one pixel an image, may read as both layouts: pixels win
+// with one channel.
 inline bool channels_are_dense(const View& v) { return v.size[1] > 1 && v.stride[1] == 1; }
 
 inline bool is_aligned(const void* pointer, long long bytes) {

@@ -12,7 +12,9 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 UNIT = 2.0**-24  # half an ulp of float32, relative
 
 
-def draw(shape, dtype: torch.dtype, layout: str = "nchw", seed: int = 0, scale: float = 1.0) -> Tensor:
+def draw(
+    shape, dtype: torch.dtype, layout: str = "nchw", seed: int = 0, scale: float = 1.0
+) -> Tensor:
     """Normal values in the given layout; scale reaches both regimes of a normalization."""
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(shape, generator=generator) * scale).to(dtype)
@@ -39,14 +41,14 @@ def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lrn_bound(exact: Tensor, size: int) -> Tensor:
-    """Forward: `size` additions of positive terms, then scale and k (size + 2 roundings, through a power below one),
-    the power itself (4.5 ulp are 9 units) and one product."""
+    """Forward: `size` additions of positive terms, then scale and k (size + 2 roundings, through a
+    power below one), the power itself (4.5 ulp are 9 units) and one product."""
     return exact.abs() * (size + 2 + 9 + 1) * UNIT
 
 
 def lrn_backward_bound(grad, x, size, scale, beta, k, groups) -> Tensor:
-    """Backward: a term carries forward's error, s^-1 once more and three products; `size` of them are added; all of it
-    is relative to |g s^-beta| + 2 scale beta |x| * (sum of |g x| s^(-beta-1))."""
+    """Backward: a term carries forward's error, s^-1 once more and three products; `size` of them
+    are added; all is relative to |g s^-beta| + 2 scale beta |x| (sum of |g x| s^(-beta-1))."""
     x, grad = x.double(), grad.double().abs()
     s = _denominator_base(x, size, scale, k, groups)
     direct = grad * s**-beta

@@ -1,4 +1,4 @@
-"""Builds the stable-ABI registration library of csrc/cuda with nvcc; needs no GPU and no CUDA build of torch."""
+"""Builds the stable-ABI library of csrc/cuda with nvcc; needs no GPU and no CUDA build of torch."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def build(architectures: tuple[str, ...] = ("90",)) -> Path:
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run(
-        ["nvcc", "-shared", "-cudart", "static", *gencode, *map(str, objects), f"-L{TORCH / 'lib'}"]
-        + ["-ltorch_cpu", "-lc10", "-o", str(library)],
-        check=True,
-    )
+    link = ["nvcc", "-shared", "-cudart", "static", *gencode, *map(str, objects)]
+    link += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
+    subprocess.run(link, check=True)
     return library

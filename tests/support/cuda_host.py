@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -16,12 +17,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "csrc" / "cuda"
+KERNELS = Path(os.environ.get("FASTALEX_CUDA_KERNELS", ROOT / "csrc" / "cuda"))
 RUNTIME = ROOT / "tests" / "support" / "host_cuda"
 BUILD = ROOT / "build" / "host_cuda"
 
-FLAGS = "-std=c++20 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra".split()
-FLAGS += ["-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 VARIANTS: dict[str, list[str]] = {
     "plain": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -53,15 +54,24 @@ def unavailable() -> str | None:
     return None
 
 
-def sources() -> list[Path]:
-    return [*sorted(KERNELS.glob("*.cu")), *sorted(RUNTIME.glob("*.cpp"))]
+def _included(source: Path, folders: tuple[Path, ...], seen: set[Path]) -> set[Path]:
+    """The source and every header of ours that it includes."""
+    if source in seen:
+        return seen
+    seen.add(source)
+    for name in re.findall(r'#include "(.+)"', source.read_text()):
+        found = next((f / name for f in folders if (f / name).exists()), None)
+        if found:
+            _included(found, folders, seen)
+    return seen
 
 
-def _fingerprint(flags: list[str], kernels: Path) -> str:
+def _fingerprint(flags: list[str], source: Path, folders: tuple[Path, ...]) -> str:
+    """Of everything an object depends on, so that a change rebuilds only what it touches."""
     digest = hashlib.sha256(" ".join(flags).encode())
-    for folder in (kernels, RUNTIME):
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            digest.update(path.name.encode() + path.read_bytes())
+    files = _included(source, folders, {RUNTIME / "host_cuda.h", RUNTIME / "fibers.h"} - {source})
+    for path in sorted(files, key=lambda p: p.name):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -72,37 +82,39 @@ def _fused_multiply_add() -> list[str]:
     return ["-mfma", "-mf16c"] if " fma " in flags and " f16c " in flags else []
 
 
-def build(variant: str = "plain", kernels: Path = KERNELS) -> Path:
-    """The shared library of one variant, rebuilt only when a source or a flag changed."""
+def build(variant: str = "plain", kernels: Path | None = None) -> Path:
+    """The library of one variant; objects are rebuilt only when what they include changed."""
+    kernels = kernels or KERNELS
     flags = FLAGS + VARIANTS[variant] + _fused_multiply_add()
-    folder = BUILD / f"{variant}-{_fingerprint(flags, kernels)}"
-    library = folder / "libhost_cuda.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    link = [f for f in flags if not (variant == "trace" and f == "-fsanitize=thread")]
+    objects = BUILD / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
     include = [f"-I{RUNTIME}", f"-I{kernels}", f"-I{cuda_include()}"]
 
     def compile_one(source: Path) -> Path:
-        target = folder / (source.stem + ".o")
-        own = source.parent == RUNTIME and variant == "trace"
-        chosen = [f for f in flags if not (own and f == "-fsanitize=thread")]
+        # The tracer must not trace itself.
+        chosen = link if source.parent == RUNTIME else flags
+        name = f"{source.stem}-{_fingerprint(chosen, source, (RUNTIME, kernels))}"
+        target = objects / f"{name}.o"
+        if target.exists():
+            return target
+        partial = objects / f"{name}.{os.getpid()}.o"
         forced = ["-x", "c++", "-include", str(RUNTIME / "host_cuda.h")]
-        command = ["g++", *chosen, *include, *forced, "-c", str(source), "-o", str(target)]
+        command = ["g++", *chosen, *include, *forced, "-c", str(source), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        return target
+        return partial.rename(target)
 
     listed = [*sorted(kernels.glob("*.cu")), *sorted(RUNTIME.glob("*.cpp"))]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, listed))
-    link = [f for f in flags if not (variant == "trace" and f == "-fsanitize=thread")]
-    partial = folder / f"partial-{os.getpid()}.so"
-    subprocess.run(
-        ["g++", *link, "-shared", *map(str, objects), "-o", str(partial)],
-        check=True,
-    )
-    partial.rename(library)
+        built = [str(o) for o in pool.map(compile_one, listed)]
+    digest = hashlib.sha256(" ".join([*link, *built]).encode()).hexdigest()[:16]
+    library = BUILD / f"libhost_cuda-{variant}-{digest}.so"
+    if not library.exists():
+        partial = BUILD / f"partial-{os.getpid()}.so"
+        subprocess.run(["g++", *link, "-shared", *built, "-o", str(partial)], check=True)
+        partial.rename(library)
     return library
 
 
@@ -201,9 +213,7 @@ class HostCuda:
         self.call("host_lrn_backward", x.dtype, View.of(g), View.of(x), View.of(out), params)
         return out.view(input.shape)
 
-    def max_pool(
-        self, input, kernel_size, stride, padding, dilation, ceil_mode, save_offsets
-    ):
+    def max_pool(self, input, kernel_size, stride, padding, dilation, ceil_mode, save_offsets):
         out, offsets, where = _pool_outputs(
             input, kernel_size, stride, padding, dilation, ceil_mode, save_offsets
         )
@@ -211,9 +221,7 @@ class HostCuda:
         self.call("host_max_pool", input.dtype, View.of(input), View.of(out), where, params)
         return out, offsets
 
-    def max_pool_backward(
-        self, grad, offsets, input_size, kernel_size, stride, padding, dilation
-    ):
+    def max_pool_backward(self, grad, offsets, input_size, kernel_size, stride, padding, dilation):
         shape = (*grad.shape[:2], *input_size)
         out = poisoned(shape, grad.dtype, _format_of(grad))
         where = Offsets(View.of(offsets), offsets.dtype == torch.int32)
@@ -254,11 +262,12 @@ class HostCuda:
         self.call("host_lrn_max_pool_backward", input.dtype, *views, params, pool)
         return out
 
-
     def conv_relu(self, input, weight, bias, stride, padding, dilation, groups):
         sides = [
             pool_size(*numbers, False)
-            for numbers in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+            for numbers in zip(
+                input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+            )
         ]
         out = poisoned((input.shape[0], weight.shape[0], *sides), input.dtype, _format_of(input))
         params = self._conv_params(stride, padding, dilation, groups)
@@ -308,9 +317,7 @@ def _by_reference(argument):
 
 def _format_of(tensor: torch.Tensor) -> torch.memory_format:
     last = tensor.is_contiguous(memory_format=torch.channels_last)
-    return (
-        torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
-    )
+    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
 
 
 def _as_4d(tensor: torch.Tensor) -> torch.Tensor:

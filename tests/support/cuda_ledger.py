@@ -1,4 +1,4 @@
-"""Static facts about compiled kernels, read with cuobjdump and nvdisasm: registers, spills, instruction counts."""
+"""Static facts about compiled kernels: registers, spills, instruction counts (cuobjdump)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def resources(binary: Path) -> dict[str, dict[str, int]]:
-    """{kernel expression: registers, stack, local} of every kernel in a cubin, an object or a library."""
+    """{kernel expression: registers, stack, local} of a cubin, an object or a library."""
     rows = RESOURCE.findall(_run(str(tool("cuobjdump")), "--dump-resource-usage", str(binary)))
     names = demangle([row[0] for row in rows])
     return {
@@ -52,7 +52,7 @@ def resources(binary: Path) -> dict[str, dict[str, int]]:
     }
 
 
-#: What the ledger counts: tensor-core products, matrix loads, asynchronous copies, wide and narrow global accesses.
+#: What the ledger counts: tensor-core products, matrix loads, copies, global accesses.
 KINDS = {
     "mma": r"HMMA",
     "ldmatrix": r"LDSM",

@@ -15,7 +15,8 @@ KERNELS = ROOT / "csrc" / "cuda"
 PLANNER = KERNELS / "planner"
 BUILD = ROOT / "build" / "cuda_planner"
 
-FLAGS = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas".split()
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 def build() -> Path:

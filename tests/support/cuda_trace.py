@@ -1,4 +1,4 @@
-"""Traces of a kernel on the host runtime: sectors a request, shared-memory wavefronts and bytes, per source line."""
+"""Traces on the host runtime: sectors a request, shared-memory wavefronts, bytes, per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLUMBING = {"pack.cuh", "ptx.cuh", "host_ptx.h", "host_cuda.h"}
 
 @dataclass
 class Line:
-    """All accesses of one source line to one memory; units are 32-byte sectors, or wavefronts of shared memory."""
+    """One source line and memory; units are 32-byte sectors, or wavefronts of shared memory."""
 
     requests: int = 0
     threads: int = 0
@@ -32,7 +32,9 @@ class Trace:
 
     def of(self, memory: str) -> dict[str, Line]:
         return {
-            f"{place} {kind}": line for (place, where, kind), line in self.lines.items() if where == memory
+            f"{place} {kind}": line
+            for (place, where, kind), line in self.lines.items()
+            if where == memory
         }
 
 
@@ -66,7 +68,9 @@ def trace(host: HostCuda, call: Callable[[], object]) -> Trace:
     for row in rows:
         address, memory, kind, *numbers = row.split()
         line = lines[places[address], memory, kind]
-        for name, number in zip(("requests", "threads", "bytes", "units", "ideal"), numbers, strict=True):
+        for name, number in zip(
+            ("requests", "threads", "bytes", "units", "ideal"), numbers, strict=True
+        ):
             setattr(line, name, getattr(line, name) + int(number))
     result.lines = dict(lines)
     return result

@@ -1,4 +1,5 @@
-// Compiles the launchers of csrc/cuda with a plain C++ compiler and no CUDA: they decide what to launch, CuPy launches it.
+// Compiles the launchers of csrc/cuda with a plain C++ compiler and no CUDA: they decide what to
+// launch, CuPy launches it.
 #pragma once
 
 #include <cmath>

@@ -19,9 +19,12 @@ void expect(bool condition, const char* what) {
 void run(unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   host_cuda::run(dim3(1), dim3(threads), shared_bytes, kernel);
 }
-float draw(int i) { return static_cast<float>((static_cast<unsigned>(i) * 2654435761u >> 20) % 17) - 8.0f; }
+float draw(int i) {
+  return static_cast<float>((static_cast<unsigned>(i) * 2654435761u >> 20) % 17) - 8.0f;
+}
 
-// PTX ISA, fragments of mma.m16n8k16: where element i of a lane lies in A (16x16), B (16x8) and C (16x8).
+// PTX ISA, fragments of mma.m16n8k16: where element i of a lane lies in A (16x16), B (16x8) and C
+// (16x8).
 int row_a(int lane, int i) { return lane / 4 + (i / 2 % 2) * 8; }
 int column_a(int lane, int i) { return lane % 4 * 2 + i % 2 + i / 4 * 8; }
 int row_b(int lane, int i) { return lane % 4 * 2 + i % 2 + i / 2 * 8; }
@@ -42,7 +45,8 @@ void mma_is_a_matrix_product() {
     std::memcpy(wa, fa, sizeof wa), std::memcpy(wb, fb, sizeof wb);
     float sum[4] = {1.0f, 2.0f, 3.0f, 4.0f};
     mma_m16n8k16<T>(sum, wa, wb[0], wb[1]);
-    for (int i = 0; i < 4; i++) d[row_c(lane, i)][column_c(lane, i)] = sum[i] - static_cast<float>(i + 1);
+    for (int i = 0; i < 4; i++)
+      d[row_c(lane, i)][column_c(lane, i)] = sum[i] - static_cast<float>(i + 1);
   });
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 8; c++) {
@@ -67,7 +71,8 @@ void tf32_mma_rounds_its_operands() {
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 8; c++) {
       float sum = 0;
-      for (int k = 0; k < 8; k++) sum += twin::as_float(to_tf32(a[r][k])) * twin::as_float(to_tf32(b[k][c]));
+      for (int k = 0; k < 8; k++)
+        sum += twin::as_float(to_tf32(a[r][k])) * twin::as_float(to_tf32(b[k][c]));
       expect(d[r][c] == sum, "the tf32 mma differs from a product of rounded values");
     }
   expect(to_tf32(1.0f + 0x1p-11f) == 0x3f802000u && to_tf32(-1.0f - 0x1p-11f) == 0xbf802000u,
@@ -80,16 +85,19 @@ void ldmatrix_hands_out_rows_and_columns() {
   run(32, 512, [] {
     auto values = reinterpret_cast<uint16_t*>(dynamic_shared());
     const int lane = threadIdx.x;
-    for (int i = lane; i < 256; i += 32) values[i] = static_cast<uint16_t>(i);  // matrix * 64 + row * 8 + column
+    for (int i = lane; i < 256; i += 32)
+      values[i] = static_cast<uint16_t>(i);  // matrix * 64 + row * 8 + column
     __syncthreads();
     ldmatrix_x4(rows[lane], shared_address(values + lane * 8));
     ldmatrix_x4_trans(columns[lane], shared_address(values + lane * 8));
   });
   for (int lane = 0; lane < 32; lane++)
     for (int m = 0; m < 4; m++) {
-      const unsigned row = m * 64 + lane / 4 * 8 + lane % 4 * 2, column = m * 64 + lane % 4 * 16 + lane / 4;
+      const unsigned row = m * 64 + lane / 4 * 8 + lane % 4 * 2,
+                     column = m * 64 + lane % 4 * 16 + lane / 4;
       expect(rows[lane][m] == (row | (row + 1) << 16), "ldmatrix handed out a wrong row");
-      expect(columns[lane][m] == (column | (column + 8) << 16), "ldmatrix.trans handed out a wrong column");
+      expect(columns[lane][m] == (column | (column + 8) << 16),
+             "ldmatrix.trans handed out a wrong column");
     }
 }
 
@@ -140,18 +148,22 @@ void barriers_order_threads() {
 void roots_err_by_what_is_documented() {
   int worst = 0, exact = 0;
   for (int i = 1; i < 5000; i++) {
-    const float x = static_cast<float>(i) * 0.37f, good = 1.0f / std::sqrt(x), bad = inverse_root(x);
-    const int apart = std::abs(static_cast<int>((bad - good) / (std::nextafter(good, INFINITY) - good)));
+    const float x = static_cast<float>(i) * 0.37f, good = 1.0f / std::sqrt(x),
+                bad = inverse_root(x);
+    const int apart =
+        std::abs(static_cast<int>((bad - good) / (std::nextafter(good, INFINITY) - good)));
     worst = std::max(worst, apart), exact += bad == good;
   }
   expect(worst == 2 && exact == 0, "inverse_root must err by 2 ulp everywhere");
-  expect(inverse_root(INFINITY) == 0.0f && std::isinf(inverse_root(0.0f)), "inverse_root at its ends");
+  expect(inverse_root(INFINITY) == 0.0f && std::isinf(inverse_root(0.0f)),
+         "inverse_root at its ends");
 }
 
 void fast_division_is_exact() {
   for (long long divisor : {1, 2, 3, 5, 7, 27, 96, 363, 1000003, 0x7fffffff}) {
     const FastDivide by = fast_divide(divisor);
-    for (long long n : {0ll, 1ll, divisor - 1, divisor, 2 * divisor - 1, 12345678ll, 0x7ffffffell, 0x7fffffffll})
+    for (long long n :
+         {0ll, 1ll, divisor - 1, divisor, 2 * divisor - 1, 12345678ll, 0x7ffffffell, 0x7fffffffll})
       if (n <= 0x7fffffffll) expect(by(static_cast<int>(n)) == n / divisor, "FastDivide is wrong");
   }
 }
@@ -167,9 +179,12 @@ const std::map<std::string, std::function<void()>> checks = {
     {"barriers", barriers_order_threads},
     {"roots", roots_err_by_what_is_documented},
     {"division", fast_division_is_exact},
-    {"misuse: copy to an odd address", [] { run(1, 64, [] { cp_async<16>(dynamic_shared() + 8, misuse_source, 16); }); }},
-    {"misuse: copy from an odd address", [] { run(1, 64, [] { cp_async<16>(dynamic_shared(), misuse_source + 1, 16); }); }},
-    {"misuse: copy outside shared memory", [] { run(1, 16, [] { cp_async<16>(dynamic_shared() + 16, misuse_source, 16); }); }},
+    {"misuse: copy to an odd address",
+     [] { run(1, 64, [] { cp_async<16>(dynamic_shared() + 8, misuse_source, 16); }); }},
+    {"misuse: copy from an odd address",
+     [] { run(1, 64, [] { cp_async<16>(dynamic_shared(), misuse_source + 1, 16); }); }},
+    {"misuse: copy outside shared memory",
+     [] { run(1, 16, [] { cp_async<16>(dynamic_shared() + 16, misuse_source, 16); }); }},
     {"misuse: exit without a wait",
      [] {
        run(1, 64, [] {
@@ -193,14 +208,15 @@ const std::map<std::string, std::function<void()>> checks = {
        });
      }},
     {"misuse: threads at different barriers",
+     [] { run(64, 0, [] { threadIdx.x < 16 ? __syncthreads() : __syncwarp(); }); }},
+    {"misuse: store past shared memory",
      [] {
-       run(64, 0, [] {
-         threadIdx.x < 16 ? __syncthreads() : __syncwarp();
-       });
+       run(1, 16, [] { store_shared(reinterpret_cast<unsigned*>(dynamic_shared() + 16), 1u); });
      }},
-    {"misuse: store past shared memory", [] { run(1, 16, [] { store_shared(reinterpret_cast<unsigned*>(dynamic_shared() + 16), 1u); }); }},
-    {"misuse: plain write past shared memory", [] { run(1, 16, [] { dynamic_shared()[17] = 0; }); }},
-    {"misuse: unaligned vector load", [] { run(1, 0, [] { load_global(reinterpret_cast<const uint4*>(misuse_source + 1)); }); }},
+    {"misuse: plain write past shared memory",
+     [] { run(1, 16, [] { dynamic_shared()[17] = 0; }); }},
+    {"misuse: unaligned vector load",
+     [] { run(1, 0, [] { load_global(reinterpret_cast<const uint4*>(misuse_source + 1)); }); }},
     {"misuse: too many threads", [] { run(1056, 0, [] {}); }},
 };
 

@@ -1,4 +1,5 @@
-// The fiber scheduler behind fibers.h: context switches, barriers, schedules, canaries and sanitizer bookkeeping.
+// The fiber scheduler behind fibers.h: context switches, barriers, schedules, canaries and
+// sanitizer bookkeeping.
 #include "fibers.h"
 
 #include <sys/mman.h>
@@ -130,7 +131,8 @@ HOST_CUDA_RUNTIME void fiber_main() {
 
 HOST_CUDA_RUNTIME void prepare(Fiber& fiber, unsigned linear) {
   fiber.stack = stacks + linear * kStackBytes;
-  auto top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 1;  // keeps calls 16-byte aligned
+  auto top =
+      reinterpret_cast<void**>(fiber.stack + kStackBytes) - 1;  // keeps calls 16-byte aligned
   *--top = reinterpret_cast<void*>(fiber_main);
   top -= 6;  // the six registers that host_cuda_switch restores
   std::memset(top, 0, 6 * sizeof(void*));
@@ -194,8 +196,9 @@ void run_block() {
   unsigned done = 0, random = schedule.seed;
   while (done < state.threads) {
     const bool greedy = schedule.kind >= Schedule::kGreedyWarps;
-    const bool progress = greedy ? greedy_round(schedule.kind == Schedule::kGreedyWarpsBackward, done)
-                                 : round_of_all(random, done);
+    const bool progress = greedy
+                              ? greedy_round(schedule.kind == Schedule::kGreedyWarpsBackward, done)
+                              : round_of_all(random, done);
     if (progress) continue;
     unsigned at_barrier = 0;
     for (unsigned i = 0; i < state.threads; i++)
@@ -213,7 +216,8 @@ class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes)
       : bytes_(bytes), size_((bytes + 2 * kCanaryBytes + 127) / 128 * 128) {
-    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (size_ + 1023) / 1024 * 1024)));
+    memory_.reset(
+        static_cast<unsigned char*>(std::aligned_alloc(1024, (size_ + 1023) / 1024 * 1024)));
     std::memset(memory_.get(), kCanary, size_);
     std::memset(data(), kPoison, bytes_);
   }
@@ -268,7 +272,8 @@ HOST_CUDA_RUNTIME void sync_warp(unsigned mask, Exchange exchange) {
   const unsigned present = std::min(32u, state.threads - first);
   const unsigned needed = present == 32 ? mask : mask & ((1u << present) - 1);
   if (!(mask >> (me->linear % 32) & 1)) fail("warp intrinsic: the calling lane is not in its mask");
-  if (needed != mask && mask != ~0u) fail("warp intrinsic: the mask names a lane past the block's end");
+  if (needed != mask && mask != ~0u)
+    fail("warp intrinsic: the mask names a lane past the block's end");
   me->warp_mask = mask;
   scheduler.exchange[me->linear] = exchange;
   me->status = Status::kAtWarpBarrier;
@@ -296,7 +301,8 @@ HOST_CUDA_RUNTIME void sync_warp(unsigned mask, Exchange exchange) {
   observe(&scheduler.warp_edge[warp]);
 }
 
-HOST_CUDA_RUNTIME void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+HOST_CUDA_RUNTIME void run(dim3 grid, dim3 block, size_t shared_bytes,
+                           const std::function<void()>& kernel) {
   const char here = 0;
   if (!stacks) {
     stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
@@ -307,9 +313,11 @@ HOST_CUDA_RUNTIME void run(dim3 grid, dim3 block, size_t shared_bytes, const std
   state.grid_dim = grid, state.block_dim = block;
   state.threads = block.x * block.y * block.z;
   if (!state.threads || state.threads > kMaxThreads)
-    throw std::runtime_error("a block has " + std::to_string(state.threads) + " threads: 1 to 1024 allowed");
+    throw std::runtime_error("a block has " + std::to_string(state.threads) +
+                             " threads: 1 to 1024 allowed");
   if (shared_bytes > kMaxSharedBytes)
-    throw std::runtime_error(std::to_string(shared_bytes) + " bytes of dynamic shared memory: at most 227 KiB");
+    throw std::runtime_error(std::to_string(shared_bytes) +
+                             " bytes of dynamic shared memory: at most 227 KiB");
   scheduler.kernel = &kernel;
   scheduler.failure.clear();
 #if defined(__SANITIZE_THREAD__)

@@ -1,4 +1,5 @@
-// Runs CUDA blocks on the CPU: one fiber per CUDA thread, blocks one after another, every schedule reproducible.
+// Runs CUDA blocks on the CPU: one fiber per CUDA thread, blocks one after another, every schedule
+// reproducible.
 #pragma once
 
 #include <vector_types.h>
@@ -36,13 +37,21 @@ struct WarpMeeting {
 };
 using Exchange = void (*)(WarpMeeting&);
 
-// How ready threads take turns: all orders are legal on a GPU, so a kernel must give one answer under all of them.
+// How ready threads take turns: all orders are legal on a GPU, so a kernel must give one answer
+// under all of them.
 struct Schedule {
-  enum Kind : int { kForward, kBackward, kRandom, kGreedyWarps, kGreedyWarpsBackward } kind = kForward;
+  enum Kind : int {
+    kForward,
+    kBackward,
+    kRandom,
+    kGreedyWarps,
+    kGreedyWarpsBackward
+  } kind = kForward;
   unsigned seed = 1;
 };
 
-// What the builtin variables and the tracer look at; kept together so that the tracer can leave it out.
+// What the builtin variables and the tracer look at; kept together so that the tracer can leave it
+// out.
 struct State {
   Fiber* current;
   uint3 block;
@@ -59,7 +68,8 @@ extern void (*thread_exit_hook)();
 extern void (*block_end_hook)();
 extern void (*abandon_hook)();
 
-[[noreturn]] void fail(const std::string& what);  // stops the launch: run() throws std::runtime_error
+[[noreturn]] void fail(
+    const std::string& what);  // stops the launch: run() throws std::runtime_error
 
 void sync_block();
 // Blocks until every lane of `mask` is here; the last one performs `exchange` (if any) for all.

@@ -1,4 +1,5 @@
-// CUDA's keywords, builtin variables and intrinsics for g++; force-included before every kernel source.
+// CUDA's keywords, builtin variables and intrinsics for g++; force-included before every kernel
+// source.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,5 @@
-// The host runtime's half of csrc/cuda/launch.h: runs the grid on fibers and keeps a record of every launch.
+// The host runtime's half of csrc/cuda/launch.h: runs the grid on fibers and keeps a record of
+// every launch.
 #pragma once
 
 #include <vector>
@@ -24,8 +25,8 @@ void launch(const LaunchShape& shape, Stream, const Plan& plan) {
   launch_records.push_back({kernel_name<Kernel>(), shape, {bytes, bytes + sizeof(Plan)}});
   if (launches_are_dry) return;
   try {
-    host_cuda::run(dim3(static_cast<unsigned>(shape.blocks)), dim3(shape.threads), shape.shared_bytes,
-                   [&plan] { Kernel(plan); });
+    host_cuda::run(dim3(static_cast<unsigned>(shape.blocks)), dim3(shape.threads),
+                   shape.shared_bytes, [&plan] { Kernel(plan); });
   } catch (const std::runtime_error& error) {
     throw_launch_error(kernel_name<Kernel>(), shape, error.what());
   }

@@ -1,4 +1,5 @@
-// The g++ twins of csrc/cuda/ptx.cuh: warp-exact, strict about alignment and range, asynchronous copies late on purpose.
+// The g++ twins of csrc/cuda/ptx.cuh: warp-exact, strict about alignment and range, asynchronous
+// copies late on purpose.
 #pragma once
 
 #include <vector>
@@ -6,7 +7,8 @@
 #include "host_cuda.h"
 #include "trace.h"
 
-// In a trace build a twin is a call, so that its return address is the kernel's line; its own accesses are not traced.
+// In a trace build a twin is a call, so that its return address is the kernel's line; its own
+// accesses are not traced.
 #ifdef HOST_CUDA_TRACE
 #define HOST_CUDA_TWIN __attribute__((noinline, no_sanitize("thread")))
 #define HOST_CUDA_NOTE(address, bytes, write) \
@@ -29,7 +31,8 @@ namespace twin {
 
 inline void check_aligned(const void* pointer, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes)
-    host_cuda::fail(std::string(what) + " is not aligned to its " + std::to_string(bytes) + " bytes");
+    host_cuda::fail(std::string(what) + " is not aligned to its " + std::to_string(bytes) +
+                    " bytes");
 }
 inline bool in_shared(const void* pointer, size_t bytes) {
   auto p = static_cast<const char*>(pointer);
@@ -113,7 +116,8 @@ void exchange_ldmatrix(host_cuda::WarpMeeting& meeting) {
         const int row = Transposed ? across : along, column = Transposed ? along : across;
         pair[e] = static_cast<const uint16_t*>(meeting.lane[8 * matrix + row]->input)[column];
       }
-      static_cast<unsigned*>(meeting.lane[lane]->output)[matrix] = pair[0] | unsigned{pair[1]} << 16;
+      static_cast<unsigned*>(meeting.lane[lane]->output)[matrix] = pair[0] | unsigned{pair[1]}
+                                                                                 << 16;
     }
 }
 
@@ -182,8 +186,8 @@ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
   for (int i = 0; i < 4; i++) d[i] = out[i];
 }
 
-// The bytes are fetched at issue, the destination turns to NaN, and the copy lands at its wait: a reader that comes
-// too early or a writer that comes too late both show.
+// The bytes are fetched at issue, the destination turns to NaN, and the copy lands at its wait: a
+// reader that comes too early or a writer that comes too late both show.
 struct Copy {
   char* destination;
   int bytes;
@@ -212,7 +216,8 @@ inline void forget_copies() {
 }
 inline void check_copies_landed() {
   Untraced untraced;
-  if (!my_copies().copies.empty()) host_cuda::fail("a thread exits with cp.async copies it never waited for");
+  if (!my_copies().copies.empty())
+    host_cuda::fail("a thread exits with cp.async copies it never waited for");
   my_copies().groups.clear();
 }
 inline const bool hooks_installed = [] {
@@ -244,8 +249,10 @@ HOST_CUDA_TWIN void cp_async(SharedAddress destination, const void* source, int 
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   twin::check_aligned(destination, Bytes, "a cp.async destination");
   twin::check_aligned(source, Bytes, "a cp.async source");
-  if (valid < 0 || valid > Bytes) host_cuda::fail("cp.async reads fewer than 0 or more than all bytes");
-  if (!twin::in_shared(destination, Bytes)) host_cuda::fail("cp.async writes outside shared memory");
+  if (valid < 0 || valid > Bytes)
+    host_cuda::fail("cp.async reads fewer than 0 or more than all bytes");
+  if (!twin::in_shared(destination, Bytes))
+    host_cuda::fail("cp.async writes outside shared memory");
   HOST_CUDA_NOTE(source, valid, false);
   HOST_CUDA_NOTE(destination, Bytes, true);
   twin::Untraced untraced;

@@ -1,4 +1,5 @@
-// Collects the accesses that -fsanitize=thread reports (linked without its runtime) and folds them warp by warp.
+// Collects the accesses that -fsanitize=thread reports (linked without its runtime) and folds them
+// warp by warp.
 #include "trace.h"
 
 #include <dlfcn.h>
@@ -40,7 +41,8 @@ bool inside(uintptr_t p, const void* begin, size_t bytes) {
   return p >= b && p < b + bytes;
 }
 
-// Shared memory is served 8 lanes at a time for 16-byte words, 16 for 8, else 32; a wavefront takes one word a bank.
+// Shared memory is served 8 lanes at a time for 16-byte words, 16 for 8, else 32; a wavefront takes
+// one word a bank.
 void fold_request(const SiteKey& key, const std::vector<Access>& request) {
   Site& site = sites[key];
   site.write = request[0].write;
@@ -56,7 +58,8 @@ void fold_request(const SiteKey& key, const std::vector<Access>& request) {
     std::vector<uintptr_t> units;
     for (const Access& a : request)
       if (a.bytes && a.lane >= first && a.lane < first + phase)
-        for (uintptr_t u = a.address / unit; u <= (a.address + a.bytes - 1) / unit; u++) units.push_back(u);
+        for (uintptr_t u = a.address / unit; u <= (a.address + a.bytes - 1) / unit; u++)
+          units.push_back(u);
     if (units.empty()) continue;
     std::sort(units.begin(), units.end());
     units.erase(std::unique(units.begin(), units.end()), units.end());
@@ -73,7 +76,8 @@ void fold_request(const SiteKey& key, const std::vector<Access>& request) {
         if (a.bytes) ranges.push_back({a.address, a.address + a.bytes});
       std::sort(ranges.begin(), ranges.end());
       uintptr_t bytes = 0, end = 0;
-      for (auto [b, e] : ranges) bytes += e > std::max(b, end) ? e - std::max(b, end) : 0, end = std::max(end, e);
+      for (auto [b, e] : ranges)
+        bytes += e > std::max(b, end) ? e - std::max(b, end) : 0, end = std::max(end, e);
       site.ideal += (bytes + 31) / 32;
     }
   }
@@ -124,8 +128,8 @@ const char* trace_end() {
   out << "touched_sectors " << touched.size() << "\n";
   for (const auto& [key, s] : sites)
     out << static_cast<const char*>(key.first) - static_cast<const char*>(library.dli_fbase)
-        << (key.second ? " shared " : " global ") << (s.write ? "store " : "load ") << s.requests << ' ' << s.threads
-        << ' ' << s.bytes << ' ' << s.units << ' ' << s.ideal << "\n";
+        << (key.second ? " shared " : " global ") << (s.write ? "store " : "load ") << s.requests
+        << ' ' << s.threads << ' ' << s.bytes << ' ' << s.units << ' ' << s.ideal << "\n";
   text = out.str();
   return text.c_str();
 }
@@ -138,8 +142,8 @@ const char* trace_end() { return ""; }
 }  // namespace host_cuda
 
 #ifdef HOST_CUDA_TRACE
-#define HOST_CUDA_HOOK(name, bytes, write)                            \
-  extern "C" void name(void* address) {                               \
+#define HOST_CUDA_HOOK(name, bytes, write)                               \
+  extern "C" void name(void* address) {                                  \
     host_cuda::note(address, bytes, write, __builtin_return_address(0)); \
   }
 HOST_CUDA_HOOK(__tsan_read1, 1, false)
