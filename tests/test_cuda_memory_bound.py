@@ -57,7 +57,7 @@ FUSED_CASES = {
     "bands: more rows than one tile": ((1, 8, 45, 33), 1, ALEXNET, (3, 3), (2, 2), (0, 0), False),
     "rows wider than a ring": ((1, 256, 5, 40), 1, ALEXNET, (3, 3), (2, 2), (0, 0), False),
     "stride past the window": ((1, 8, 9, 9), 1, ALEXNET, (2, 2), (3, 3), (0, 0), False),
-    "a window too large: two kernels": ((1, 16, 40, 40), 1, ALEXNET, (33, 33), (2, 2), (0, 0), False),
+    "too large: two kernels": ((1, 16, 40, 40), 1, ALEXNET, (33, 33), (2, 2), (0, 0), False),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ SANITIZER = {
 
 
 def noticed(kernels: Path, suite: str, variant: str, selection: str = "") -> bool:
-    """Whether the suite fails on these kernels; a build that fails counts as an error, not as notice."""
+    """Whether the suite fails on these kernels; a build that fails is an error, not a notice."""
     cuda_host.build(variant, kernels)
     environment = {
         **os.environ,

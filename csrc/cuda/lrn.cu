@@ -22,7 +22,7 @@ template <class T, int V>
 void run_backward(const LrnBackwardPlan& plan, const LaunchShape& shape, bool channels_last,
                   bool alexnet, Stream stream) {
   if (!channels_last)
-    launch<lrn_backward_channels_first<T, V, 5, false>>(shape, stream, plan);
+    launch < lrn_backward_channels_first<T, V<4 ? V : 4, 5, false>>(shape, stream, plan);
   else if (alexnet)
     launch<lrn_backward_channels_last<T, V, 5, false>>(shape, stream, plan);
   else

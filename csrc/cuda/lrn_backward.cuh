@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kLrnThreads) lrn_backward_channels_last(const 
 // Pixels side by side: channel m is normalised and its cross term joins a second running window,
 // which completes the gradient of the channel `before` steps behind.
 template <class T, int V, int Size, bool Pooled>
-__global__ void __launch_bounds__(kLrnThreads, 2)
+__global__ void __launch_bounds__(kLrnThreads)
     lrn_backward_channels_first(const LrnBackwardPlan p) {
   constexpr int kBefore = Size / 2, kAfter = Size - 1 - kBefore;
   const ImageItem at = image_item(p.lrn.by_blocks, p.lrn.items);

@@ -108,7 +108,7 @@ struct NormalisedRing {
 
 // Kernel 3 unrolls a 3x3 window, 0 takes any.
 template <class T, int V, int Size, int Kernel, bool Save>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 4)
     lrn_max_pool_channels_last(const LrnMaxPoolPlan p) {
   FusedTile tile = fused_tile(p, blockIdx.x);
   tile.image = tile.index;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kFusedThreads)
 // normalised tile passes through one of two shared buffers, so that one barrier a channel is
 // enough.
 template <class T, int Size, int Kernel, bool Save>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 4)
     lrn_max_pool_channels_first(const LrnMaxPoolPlan p) {
   FusedTile tile = fused_tile(p, blockIdx.x);
   const int part = p.by_parts(tile.index);  // (image, group), then the segment of the group

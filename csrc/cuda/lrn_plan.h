@@ -84,6 +84,8 @@ inline LrnBackwardPlan make_lrn_backward_plan(LrnLayout& layout, const View& x, 
   layout.direct =
       layout.channels_last ? p.halo_low + p.halo_high > kLrnThreads / 2 : !is_alexnet(params);
   if (layout.direct) layout.channels_last = false, layout.values = 1;
+  // Two running windows of eight pixels do not fit registers.
+  if (!layout.channels_last) layout.values = std::min(layout.values, 4);
   p.lrn = make_lrn_plan(layout, x, grad_x, params, shape);
   if (pool) p.pool = *pool;
   if (grad) p.grad = grad->data, p.grad_stride = layout.views[2].strides();

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tests.support.cuda_host import fingerprint
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_extension"
@@ -29,21 +31,14 @@ def unavailable() -> str | None:
 def build(architectures: tuple[str, ...] = ("90",)) -> Path:
     """The library for these compute capabilities, rebuilt only when a source or a flag changed."""
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    digest = hashlib.sha256(" ".join([*HOST_FLAGS, *DEVICE_FLAGS, *gencode]).encode())
-    for path in sorted(p for p in KERNELS.iterdir() if p.is_file()):
-        digest.update(path.name.encode() + path.read_bytes())
-    folder = BUILD / digest.hexdigest()[:16]
-    library = folder / "fastalex_cuda.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        target = folder / (source.stem + ".o")
-        if target.exists():
-            return target
         device = source.suffix == ".cu"
         command = ["nvcc", *DEVICE_FLAGS, *gencode] if device else ["g++", *HOST_FLAGS, *STABLE_ABI]
+        target = BUILD / f"{source.stem}-{fingerprint(command, source, (KERNELS,))}.o"
+        if target.exists():
+            return target
         partial = target.with_suffix(f".{os.getpid()}.o")
         done = subprocess.run(
             [*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True
@@ -54,8 +49,11 @@ def build(architectures: tuple[str, ...] = ("90",)) -> Path:
 
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    link = ["nvcc", "-shared", "-cudart", "static", *gencode, *map(str, objects)]
+        objects = [str(o) for o in pool.map(compile_one, sources)]
+    library = BUILD / f"fastalex_cuda-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    link = ["nvcc", "-shared", "-cudart", "static", *gencode, *objects]
     link += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
     subprocess.run(link, check=True)
     return library

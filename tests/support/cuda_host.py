@@ -66,10 +66,10 @@ def _included(source: Path, folders: tuple[Path, ...], seen: set[Path]) -> set[P
     return seen
 
 
-def _fingerprint(flags: list[str], source: Path, folders: tuple[Path, ...]) -> str:
+def fingerprint(flags: list[str], source: Path, folders: tuple[Path, ...]) -> str:
     """Of everything an object depends on, so that a change rebuilds only what it touches."""
     digest = hashlib.sha256(" ".join(flags).encode())
-    files = _included(source, folders, {RUNTIME / "host_cuda.h", RUNTIME / "fibers.h"} - {source})
+    files = _included(source, folders, {RUNTIME / "host_cuda.h", RUNTIME / "fibers.h"})
     for path in sorted(files, key=lambda p: p.name):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -94,7 +94,7 @@ def build(variant: str = "plain", kernels: Path | None = None) -> Path:
     def compile_one(source: Path) -> Path:
         # The tracer must not trace itself.
         chosen = link if source.parent == RUNTIME else flags
-        name = f"{source.stem}-{_fingerprint(chosen, source, (RUNTIME, kernels))}"
+        name = f"{source.stem}-{fingerprint(chosen, source, (RUNTIME, kernels))}"
         target = objects / f"{name}.o"
         if target.exists():
             return target
