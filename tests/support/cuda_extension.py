@@ -50,7 +50,8 @@ def build(architectures: tuple[str, ...] = ("90",)) -> Path:
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
     with ThreadPoolExecutor(2) as pool:
         objects = [str(o) for o in pool.map(compile_one, sources)]
-    library = BUILD / f"fastalex_cuda-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
+    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
+    library = BUILD / f"fastalex_cuda-{digest}.so"
     if library.exists():
         return library
     link = ["nvcc", "-shared", "-cudart", "static", *gencode, *objects]
