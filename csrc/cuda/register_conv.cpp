@@ -1,0 +1,141 @@
+// torch.ops.fastalex_cuda: convolution with bias and ReLU, and the choice between IEEE float32 and
+// TF32.
+#include <atomic>
+#include <optional>
+#include <tuple>
+
+#include "torch_views.h"
+
+namespace fastalex {
+namespace {
+
+std::atomic<bool> tf32_allowed = false;
+
+ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                       int64_t groups) {
+  ConvParams p;
+  for (int axis = 0; axis < 2; axis++) {
+    p.stride[axis] = static_cast<int>(stride[axis]),
+    p.padding[axis] = static_cast<int>(padding[axis]);
+    p.dilation[axis] = static_cast<int>(dilation[axis]);
+  }
+  p.groups = static_cast<int>(groups), p.tf32 = tf32_allowed;
+  return p;
+}
+
+void check_conv(const Tensor& input, const Tensor& weight, int64_t groups, const char* op) {
+  check_cuda(input, op, "input");
+  check_like(weight, input, op, "weight");
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "fastalex_cuda::", op,
+                  ": input must be [N, C, H, W] and weight [K, C / groups, R, S], got ",
+                  describe(input), " and ", describe(weight));
+  STD_TORCH_CHECK(
+      groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
+      "fastalex_cuda::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
+      " channels in ", groups, " groups");
+}
+
+Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& p, const char* op) {
+  Sizes sizes = {input.size(0), weight.size(0), 0, 0};
+  for (int axis = 0; axis < 2; axis++) {
+    sizes[2 + axis] = pool_outputs(input.size(2 + axis), weight.size(2 + axis), p.stride[axis],
+                                   p.padding[axis], p.dilation[axis], false);
+    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex_cuda::", op, ": the filter does not fit ",
+                    describe(input));
+  }
+  return sizes;
+}
+
+Tensor workspace_of(long long bytes, const Tensor& like) {
+  return empty({bytes}, ScalarType::Byte, like, false);
+}
+
+// A gradient that is wanted; with nothing to sum over, kernels do not run and it is zero.
+Tensor gradient_like(const Tensor& t, bool wanted, bool nothing) {
+  if (!wanted) return empty({0}, t.scalar_type(), t, false);
+  const auto sizes = t.sizes();
+  Tensor made = empty(Sizes(sizes.begin(), sizes.end()), t.scalar_type(), t, is_channels_last(t));
+  return nothing ? torch::stable::zero_(made) : made;
+}
+
+}  // namespace
+
+Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                    int64_t groups) {
+  check_conv(input, weight, groups, "conv_relu");
+  if (bias) check_like(*bias, input, "conv_relu", "bias");
+  const Tensor x = dense(input);
+  const ConvParams params = conv_params(stride, padding, dilation, groups);
+  Tensor y =
+      empty(output_sizes(x, weight, params, "conv_relu"), x.scalar_type(), x, is_channels_last(x));
+  const std::optional<Tensor> b =
+      bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const DType dtype = dtype_of(x, "conv_relu");
+  const OnDevice device(x);
+  launched("conv_relu", {&x, &weight}, [&] {
+    const View vx = view_of(x), vw = view_of(weight), vy = view_of(y);
+    const Tensor workspace = workspace_of(conv_relu_workspace(dtype, vx, vw, vy, params), x);
+    conv_relu(dtype, vx, vw, b ? b->data_ptr() : nullptr, vy, params, workspace.data_ptr(),
+              device.stream());
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, const Tensor& output,
+                                                         const Tensor& input, const Tensor& weight,
+                                                         const Sizes& stride, const Sizes& padding,
+                                                         const Sizes& dilation, int64_t groups,
+                                                         const std::vector<bool>& output_mask) {
+  check_conv(input, weight, groups, "conv_relu_backward");
+  check_like(grad, input, "conv_relu_backward", "grad");
+  check_like(output, input, "conv_relu_backward", "output");
+  const Tensor x = dense(input), g = dense_as(grad, is_channels_last(output));
+  const ConvParams params = conv_params(stride, padding, dilation, groups);
+  const DType dtype = dtype_of(x, "conv_relu_backward");
+  const bool nothing = output.numel() == 0;
+  Tensor grad_x = gradient_like(x, output_mask[0], nothing);
+  Tensor grad_weight = gradient_like(weight, output_mask[1], nothing);
+  Tensor grad_bias = empty({output_mask[2] ? weight.size(0) : 0}, x.scalar_type(), x, false);
+  if (nothing) torch::stable::zero_(grad_bias);
+  const OnDevice device(x);
+  launched("conv_relu_backward", {&g, &x, &weight}, [&] {
+    const ConvGradients wanted = {output_mask[0] ? view_of(grad_x) : View{},
+                                  output_mask[1] ? view_of(grad_weight) : View{},
+                                  output_mask[2] ? grad_bias.data_ptr() : nullptr};
+    const View vy = view_of(output), vx = view_of(x), vw = view_of(weight);
+    const Tensor workspace =
+        workspace_of(conv_relu_backward_workspace(dtype, vy, vx, vw, wanted, params), x);
+    conv_relu_backward(dtype, view_of(g), vy, vx, vw, wanted, params, workspace.data_ptr(),
+                       device.stream());
+  });
+  return {grad_x, grad_weight, grad_bias};
+}
+
+void allow_tf32_op(bool allowed) { tf32_allowed = allowed; }
+
+}  // namespace fastalex
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cuda, m) {
+  m.def(
+      "conv_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, "
+      "int groups) -> Tensor");
+  m.def(
+      "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, int[2] stride, "
+      "int[2] padding, "
+      "int[2] dilation, int groups, bool[3] output_mask) -> (Tensor grad_input, Tensor "
+      "grad_weight, "
+      "Tensor grad_bias)");
+  m.def("allow_tf32(bool allowed) -> ()");
+}
+
+static void bind(torch::stable::detail::StableLibrary& m) {
+  m.impl("conv_relu", TORCH_BOX(&fastalex::conv_relu_op));
+  m.impl("conv_relu_backward", TORCH_BOX(&fastalex::conv_relu_backward_op));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CUDA, m) { bind(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CPU, m) { bind(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&fastalex::allow_tf32_op));
+}

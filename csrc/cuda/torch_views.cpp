@@ -1,0 +1,131 @@
+// Checks on torch tensors and their translation to views, all through the stable ABI.
+#include "torch_views.h"
+
+// Exported by every CUDA build of torch 2.11 and newer; weak, so that this library also loads
+// beside a CPU build.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+
+namespace fastalex {
+namespace {
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return "another dtype";
+  }
+}
+
+MemoryFormat format_for(const Tensor& t, bool channels_last) {
+  if (!channels_last || (t.dim() != 4 && t.dim() != 5)) return MemoryFormat::Contiguous;
+  return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// Whether dimensions 2 to the last but one can be walked with one stride.
+bool rows_fold(const Tensor& t) {
+  for (int64_t d = 2; d + 2 < t.dim(); d++)
+    if (t.size(d) > 1 && t.size(d + 1) > 1 && t.stride(d) != t.size(d + 1) * t.stride(d + 1))
+      return false;
+  return true;
+}
+
+}  // namespace
+
+std::string describe(const Tensor& t) {
+  std::string text = std::string(name_of(t.scalar_type())) + "[";
+  for (int64_t d = 0; d < t.dim(); d++) text += (d ? ", " : "") + std::to_string(t.size(d));
+  text += "] strides (";
+  for (int64_t d = 0; d < t.dim(); d++) text += (d ? ", " : "") + std::to_string(t.stride(d));
+  return text + ")";
+}
+
+DType dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      throw std::runtime_error(
+          std::string("fastalex_cuda::") + op + ": takes float32, float16 or bfloat16, got " +
+          name_of(t.scalar_type()) + ": convert the input, or use the torch backend");
+  }
+}
+
+void check_cuda(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_cuda(), "fastalex_cuda::", op, ": `", name,
+      "` is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
+}
+
+void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
+  check_cuda(t, op, name);
+  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex_cuda::", op, ": `",
+                  name, "` is on another CUDA device than the input");
+  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex_cuda::", op, ": `", name,
+                  "` is ", name_of(t.scalar_type()), " and the input ",
+                  name_of(input.scalar_type()));
+}
+
+View view_of(const Tensor& t) {
+  View v = {t.data_ptr(), {t.size(0), t.size(1), 1, 1}, {t.stride(0), t.stride(1), 0, 0}};
+  const int64_t last = t.dim() - 1;
+  if (last >= 2) v.size[3] = t.size(last), v.stride[3] = t.stride(last);
+  for (int64_t d = last - 1; d >= 2; d--) {
+    if (v.size[2] == 1) v.stride[2] = t.stride(d);
+    v.size[2] *= t.size(d);
+  }
+  return v;
+}
+
+bool is_channels_last(const Tensor& t) {
+  if (t.dim() < 4 || t.is_contiguous() || t.size(1) == 1) return false;
+  return t.stride(1) == 1;
+}
+
+Tensor dense(const Tensor& t) {
+  const bool columns = t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1;
+  if ((columns || is_channels_last(t)) && rows_fold(t)) return t;
+  return torch::stable::contiguous(t, format_for(t, is_channels_last(t)));
+}
+
+Tensor dense_as(const Tensor& t, bool channels_last) {
+  if (is_channels_last(t) == channels_last) return dense(t);
+  return torch::stable::contiguous(t, format_for(t, channels_last));
+}
+
+Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              format_for(like, channels_last));
+}
+
+int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                     int64_t dilation, bool ceil_mode) {
+  const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1;
+  const int64_t outputs = (reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return ceil_mode && (outputs - 1) * stride >= size + padding ? outputs - 1 : outputs;
+}
+
+OnDevice::OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+                  "fastalex_cuda: this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  stream_ = static_cast<Stream>(stream);
+}
+
+}  // namespace fastalex

@@ -1,0 +1,68 @@
+// Between torch's stable ABI and views: checks, layouts, outputs, the current stream.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace fastalex {
+
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+std::string describe(const Tensor& t);
+DType dtype_of(const Tensor& t, const char* op);
+
+// Refuses, with the reason and the mend, what these kernels cannot take.
+void check_cuda(const Tensor& t, const char* op, const char* name);
+void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name);
+
+// [N, C, ...] as [N, C, rows, columns]; the trailing dimensions must fold (see `dense`).
+View view_of(const Tensor& t);
+
+// Channels-last in memory and not also contiguous.
+bool is_channels_last(const Tensor& t);
+// `t` itself if its channels or its columns lie side by side, else one copy in the nearest layout.
+Tensor dense(const Tensor& t);
+// The same, in a given layout.
+Tensor dense_as(const Tensor& t, bool channels_last);
+
+Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
+
+// Outputs of one axis of a pooling, by torch's rule.
+int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                     int64_t dilation, bool ceil_mode);
+
+// Makes `t`'s device current for a scope and knows its stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t);
+  Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
+
+// Runs a launcher; an error gains the operator and its tensors' shapes.
+template <class Function>
+void launched(const char* op, std::initializer_list<const Tensor*> tensors, Function function) {
+  try {
+    function();
+  } catch (const std::exception& error) {
+    std::string text = std::string(error.what()) + " [fastalex_cuda::" + op;
+    for (const Tensor* t : tensors) text += " " + describe(*t);
+    throw std::runtime_error(text + "]");
+  }
+}
+
+}  // namespace fastalex

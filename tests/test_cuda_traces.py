@@ -1,0 +1,138 @@
+"""Memory traffic of the kernels, traced on the host runtime, against the ideal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import cuda_host
+from tests.support.cuda_cases import draw
+from tests.support.cuda_trace import trace
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())),
+]
+LRN = (5, 0.02, 0.75, 2.0)
+POOL = ((3, 3), (2, 2), (0, 0))
+HALF = torch.float16
+
+
+@pytest.fixture(scope="module")
+def host():
+    return cuda_host.host_cuda("trace")
+
+
+def bytes_of(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memory_bound_calls(host, dtype):
+    """(name, call, compulsory bytes): every input read once, every output written once."""
+    x = draw((1, 96, 27, 27), dtype, "nhwc")
+    grad = draw((1, 96, 13, 13), dtype, "nhwc", seed=1)
+    y, offsets = host.max_pool(x, *POOL, (1, 1), False, True)
+    size = (27, 27)
+    return {
+        "lrn": (lambda: host.lrn(x, *LRN, 2), bytes_of(x, x)),
+        "lrn_backward": (lambda: host.lrn_backward(x, x.clone(), *LRN, 2), bytes_of(x, x, x)),
+        "max_pool": (
+            lambda: host.max_pool(x, *POOL, (1, 1), False, True),
+            bytes_of(x, y, offsets),
+        ),
+        "max_pool at inference": (
+            lambda: host.max_pool(x, *POOL, (1, 1), False, False),
+            bytes_of(x, y),
+        ),
+        "max_pool_backward": (
+            lambda: host.max_pool_backward(grad, offsets, size, *POOL, (1, 1)),
+            bytes_of(grad, offsets, x),
+        ),
+        "lrn_max_pool": (
+            lambda: host.lrn_max_pool(x, *LRN, 2, *POOL, False, True),
+            bytes_of(x, y, offsets),
+        ),
+        "lrn_max_pool_backward": (
+            lambda: host.lrn_max_pool_backward(grad, x, offsets, *LRN, 2, *POOL),
+            bytes_of(x, x, grad, offsets),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lrn",
+        "lrn_backward",
+        "max_pool",
+        "max_pool at inference",
+        "max_pool_backward",
+        "lrn_max_pool",
+        "lrn_max_pool_backward",
+    ],
+)
+def test_memory_bound_kernels_touch_what_they_must(host, name, dtype):
+    """Distinct sectors: at most 1.05 of compulsory. A wide request: at most 1.1 of its ideal."""
+    call, compulsory = memory_bound_calls(host, dtype)[name]
+    result = trace(host, call)
+    assert result.touched_bytes <= 1.05 * compulsory
+    wide = {
+        place: line
+        for place, line in result.of("global").items()
+        if line.bytes >= 16 * line.threads
+    }
+    assert wide
+    for place, line in wide.items():
+        # Neighbouring channels are asked for 16 bytes off the sectors, in runs no longer than a
+        # group: half a sector too much at each end. They are L1 hits, so no byte of DRAM is lost.
+        allowed = 1.4 if place.startswith("lrn_window.cuh") else 1.1
+        assert line.units <= allowed * line.ideal, (place, line)
+
+
+CONVS = {
+    "pixels": ((1, 64, 13, 13), 128, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "windows": ((1, 3, 47, 48), 96, (11, 11), (4, 4), (0, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", CONVS)
+def test_convolution_main_loop_has_no_bank_conflict(host, name, dtype):
+    shape, out, kernel, *geometry = CONVS[name]
+    x = draw(shape, dtype, "nhwc")
+    weight = draw((out, shape[1], *kernel), dtype, "nhwc", 1)
+    for tf32 in (False, True) if dtype == torch.float32 else (False,):
+        host.tf32 = tf32
+        result = trace(host, lambda: host.conv_relu(x, weight, None, *geometry))
+        loop = {
+            place: line
+            for place, line in result.of("shared").items()
+            if place.startswith(("conv_copy.cuh", "conv_math.cuh"))
+        }
+        assert len(loop) >= 3
+        for place, line in loop.items():
+            assert line.units == line.ideal, (place, line)
+    host.tf32 = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weight_gradient_main_loop_has_no_bank_conflict(host, dtype):
+    shape, out, kernel, *geometry = CONVS["pixels"]
+    x, y = draw(shape, dtype, "nhwc"), draw((1, out, 13, 13), dtype, "nhwc", 1)
+    weight = draw((out, shape[1], *kernel), dtype, "nhwc", 2)
+
+    def call():
+        return host.conv_relu_backward(y, y, x, weight, *geometry, (False, True, False))
+
+    for tf32 in (False, True) if dtype == torch.float32 else (False,):
+        host.tf32 = tf32
+        loop = {
+            place: line
+            for place, line in trace(host, call).of("shared").items()
+            if place.startswith("conv_weight_grad.cuh")
+        }
+        assert len(loop) >= 4
+        for place, line in loop.items():
+            assert line.units == line.ideal, (place, line)
+    host.tf32 = False
