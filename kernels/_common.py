@@ -113,8 +113,8 @@ def load_span(p, at, c, ok, BEFORE: tl.constexpr, AFTER: tl.constexpr, GROUP: tl
     if AFTER > 0:
         NEXT: tl.constexpr = min(VEC, triton.next_power_of_2(AFTER)) if STEP == 1 else 1
         for i in tl.static_range((AFTER + NEXT - 1) // NEXT):
-            shift: tl.constexpr = VEC + i * NEXT
-            span = span + load_run(p, at + shift * STEP, ok & (c + shift < GROUP), NEXT, STEP)
+            inside = ok & (c + (VEC + i * NEXT) < GROUP)
+            span = span + load_run(p, at + (VEC + i * NEXT) * STEP, inside, NEXT, STEP)
         span = span[: BEFORE + VEC + AFTER]
     return span
 

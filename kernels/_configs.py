@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+
+from ._conv import Conv
 
 
 @dataclass(frozen=True)
@@ -12,6 +16,19 @@ class Launch:
     block: int
     warps: int
     rows: int = 1
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """A convolution's tile: m pixels by n + n2 output channels, k products a step, K in `split` parts."""
+
+    m: int
+    n: int
+    n2: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1
 
 
 # (direction, channels_last): candidates, best guess first
@@ -41,3 +58,56 @@ def lrn_launch(direction: str, channels_last: bool) -> Launch:
 
 def pool_launch(direction: str, channels_last: bool, normalised: bool) -> Launch:
     return POOL[direction, channels_last, normalised][0]
+
+
+# scheme: tiles for halves; a float32 tile has half the k, to take the same shared memory
+CONV_FORWARD = {
+    "rows": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(64, 64, 32, 32, 4, 3), ConvTile(128, 64, 0, 32, 4, 3),
+             ConvTile(64, 32, 0, 32, 4, 3)),
+    "flat": (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(64, 128, 0, 32, 8, 4), ConvTile(128, 64, 0, 32, 4, 3),
+             ConvTile(64, 64, 0, 32, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
+    "taps": (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(64, 128, 0, 64, 4, 3), ConvTile(128, 64, 0, 64, 4, 3),
+             ConvTile(64, 64, 0, 64, 4, 3), ConvTile(64, 32, 0, 64, 4, 3), ConvTile(64, 16, 0, 64, 4, 3)),
+    "planes": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(128, 64, 0, 32, 8, 3), ConvTile(64, 64, 0, 32, 4, 3),
+               ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
+}  # fmt: skip
+IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)  # float32 products outside the tensor cores: registers are all it needs
+FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
+MOST_PARTS = 8
+FEWEST_STEPS = 4  # of K that a part is worth
+
+
+def conv_tiles(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+    """Every forward tile that can be chosen, the one the model below expects most of first."""
+    tiles = [IEEE_TILE] if dtype == torch.float32 and precision == "ieee" else CONV_FORWARD[scheme]
+    if dtype == torch.float32 and precision != "ieee":
+        tiles = [replace(t, k=t.k // 2) for t in tiles]
+    fitted = [with_split(t, conv, scheme, batch) for t in tiles]
+    return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))
+
+
+def conv_tile(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
+    return conv_tiles(conv, scheme, batch, dtype, precision)[0]
+
+
+def tile_programs(tile: ConvTile, conv: Conv, batch: int) -> int:
+    return -(-batch * conv.out_pixels // tile.m) * -(-conv.outputs // (tile.n + tile.n2)) * conv.groups
+
+
+def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
+    """The tile with K split as the shape alone decides, so that a result never depends on the device."""
+    if scheme == "rows":
+        return tile
+    most = min(MOST_PARTS, conv.products // (tile.k * FEWEST_STEPS), FEW_PROGRAMS // tile_programs(tile, conv, batch))
+    return replace(tile, split=max(most, 1))
+
+
+def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
+    """Relative time by a model with three terms: waves of programs, products a step, values a step must load."""
+    programs = tile_programs(tile, conv, batch) * tile.split
+    waves = -(-programs // FEW_PROGRAMS)
+    n = tile.n + tile.n2
+    products = tile.m * n
+    loads = 32 * (tile.m + n)
+    reduction = 2e-2 * batch * conv.out_pixels * conv.outputs * conv.groups * (tile.split > 1)
+    return waves * (products + loads) * conv.products / tile.split / 1e3 + reduction

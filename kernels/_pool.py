@@ -15,8 +15,8 @@ import triton.language as tl
 from ._common import load_span, narrow, pack, program_index, store_tile, widen
 from .lrn import input_gradient, locate, normalised, offset
 
-ROW_BY_ROW = 4  # taller windows aren't unrolled
-UNROLLED_COLUMNS = 8
+ROW_BY_ROW = tl.constexpr(4)  # taller windows aren't unrolled
+UNROLLED_COLUMNS = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pool:
     @property
     def shared_rows(self) -> int:
         """Input rows that a window shares with the next one down, and a lane keeps."""
-        return max(self.kh - self.sh, 0) if self.dh == 1 and self.kh <= ROW_BY_ROW else 0
+        return max(self.kh - self.sh, 0) if self.dh == 1 and self.kh <= ROW_BY_ROW.value else 0
 
     @property
     def rows_inside(self) -> bool:
@@ -112,15 +112,16 @@ def row_max(x, at, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NORM: tl.
     """The maximum [P, VEC] of one row of a window from column w0, and its tap in that row."""
     best = tl.full((at.shape[0], VEC), float("-inf"), tl.float32)
     where = first_tap(w0, POOL.dw)[:, None] + tl.zeros((1, VEC), tl.int32)
-    if POOL.kw <= UNROLLED_COLUMNS:
-        for kw in tl.static_range(POOL.kw):
+    KW: tl.constexpr = POOL.kw
+    if KW <= UNROLLED_COLUMNS:
+        for kw in tl.static_range(KW):
             live = ok
             if not POOL.columns_inside:
                 live = ok & (w0 + kw * POOL.dw >= 0) & (w0 + kw * POOL.dw < POOL.columns)
             value = window_value(x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC)
             best, where = choose(best, where, value, kw, SAVE)
     else:
-        for kw in range(POOL.kw):
+        for kw in range(KW):
             live = ok & (w0 + kw * POOL.dw >= 0) & (w0 + kw * POOL.dw < POOL.columns)
             value = window_value(x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC)
             best, where = choose(best, where, value, kw, SAVE)
@@ -160,8 +161,10 @@ def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANN
     at = image * XS.image + channel * XS.channel + w0 * XS.column
     out = image * YS.image + channel * YS.channel + ow * YS.column
     dtype: tl.constexpr = y.dtype.element_ty
+    SHARED: tl.constexpr = POOL.shared_rows
+    KH: tl.constexpr = POOL.kh
     kept = ()
-    for i in tl.static_range(POOL.shared_rows):
+    for i in tl.static_range(SHARED):
         kept = kept + (window_row(x, at, oh * POOL.sh - POOL.ph + i, w0, c, ok, dtype, POOL, NORM, XS, SAVE, VEC),)
     for step in range(ROWS):
         live = ok & (oh < POOL.out_rows)
@@ -170,12 +173,12 @@ def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANN
         where = first_tap(h0, POOL.dh) * POOL.kw + first_tap(w0, POOL.dw)[:, None] + tl.zeros((1, VEC), tl.int32)
         if POOL.kh <= ROW_BY_ROW:
             rows = kept
-            for i in tl.static_range(POOL.shared_rows, POOL.kh):
+            for i in tl.static_range(SHARED, KH):
                 h = h0 + i * POOL.dh
                 rows = rows + (window_row(x, at, h, w0, c, live, dtype, POOL, NORM, XS, SAVE, VEC),)
-            for i in tl.static_range(POOL.kh):
+            for i in tl.static_range(KH):
                 best, where = choose(best, where, rows[i][0], rows[i][1] + i * POOL.kw, SAVE)
-            kept = rows[POOL.kh - POOL.shared_rows :]
+            kept = rows[KH - SHARED :]
         else:
             for i in range(POOL.kh):
                 h = h0 + i * POOL.dh
@@ -250,35 +253,38 @@ def pool_backward(g, offsets, x, gx, lanes, GS: tl.constexpr, OS: tl.constexpr, 
     at_offset = image * OS.image + channel * OS.channel
     at_x = image * XS.image + channel * XS.channel
     at_gx = image * DS.image + channel * DS.channel
+    DOWN: tl.constexpr = POOL.windows_down
+    ACROSS: tl.constexpr = POOL.windows_across
+    SH: tl.constexpr = POOL.sh
+    SW: tl.constexpr = POOL.sw
     if POOL.by_blocks:
         windows = ()
-        for a in tl.static_range(POOL.windows_down):
-            for b in tl.static_range(POOL.windows_across):
+        for a in tl.static_range(DOWN):
+            for b in tl.static_range(ACROSS):
                 windows = windows + (window_span(g, offsets, at, at_offset, bh - a, bw - b, c, ok, BEFORE, AFTER,
                                                  GROUP, GS, OS, POOL, VEC),)
-        for i in tl.static_range(POOL.sh):
-            for j in tl.static_range(POOL.sw):
-                h = bh * POOL.sh + (i - POOL.ph)
-                w = bw * POOL.sw + (j - POOL.pw)
+        for i in tl.static_range(SH):
+            for j in tl.static_range(SW):
+                h = bh * SH + (i - POOL.ph)
+                w = bw * SW + (j - POOL.pw)
                 live = ok & (h >= 0) & (h < POOL.rows) & (w >= 0) & (w < POOL.columns)
                 total = [tl.zeros((BLOCK,), tl.float32) for value in windows[0][0]]
-                for a in tl.static_range(POOL.windows_down):
-                    for b in tl.static_range(POOL.windows_across):
-                        if i + a * POOL.sh < POOL.kh and j + b * POOL.sw < POOL.kw:
-                            tap: tl.constexpr = (i + a * POOL.sh) * POOL.kw + j + b * POOL.sw
-                            grads, taps = windows[a * POOL.windows_across + b]
-                            total = add_winners(total, grads, taps, tap)
+                for a in tl.static_range(DOWN):
+                    for b in tl.static_range(ACROSS):
+                        if i + a * SH < POOL.kh and j + b * SW < POOL.kw:
+                            grads, taps = windows[a * ACROSS + b]
+                            total = add_winners(total, grads, taps, (i + a * SH) * POOL.kw + j + b * SW)
                 write_gradient(total, x, gx, at_x + h * XS.row + w * XS.column, at_gx + h * DS.row + w * DS.column,
                                c, live, XS, DS, NORM, RELU, VEC)
     else:
         total = ()
         for i in tl.static_range(BEFORE + VEC + AFTER):
             total = total + (tl.zeros((BLOCK,), tl.float32),)
-        for window in range(POOL.windows_down * POOL.windows_across):
-            oh = (bh + POOL.ph) // POOL.sh - window // POOL.windows_across
-            ow = (bw + POOL.pw) // POOL.sw - window % POOL.windows_across
-            down = bh + POOL.ph - oh * POOL.sh
-            across = bw + POOL.pw - ow * POOL.sw
+        for window in range(DOWN * ACROSS):
+            oh = (bh + POOL.ph) // SH - window // ACROSS
+            ow = (bw + POOL.pw) // SW - window % ACROSS
+            down = bh + POOL.ph - oh * SH
+            across = bw + POOL.pw - ow * SW
             covers = (down % POOL.dh == 0) & (across % POOL.dw == 0)
             covers = covers & (down < POOL.kh * POOL.dh) & (across < POOL.kw * POOL.dw)
             tap = down // POOL.dh * POOL.kw + across // POOL.dw
