@@ -71,9 +71,18 @@ CONV_FORWARD = {
     "planes": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(128, 64, 0, 32, 8, 3), ConvTile(64, 64, 0, 32, 4, 3),
                ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
 }  # fmt: skip
+CONV_INPUT_GRADIENT = (
+    ConvTile(128, 128, 0, 64, 8, 3), ConvTile(128, 64, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
+    ConvTile(128, 32, 16, 64, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3),
+)  # fmt: skip
+CONV_WEIGHT_GRADIENT = (  # m pixels a step, tiles of n + n2 output channels by k products
+    ConvTile(32, 128, 0, 128, 8, 4), ConvTile(64, 128, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
+    ConvTile(64, 64, 32, 64, 8, 3), ConvTile(32, 32, 0, 64, 4, 3), ConvTile(32, 16, 0, 64, 4, 3),
+)  # fmt: skip
 IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)  # float32 products outside the tensor cores: registers are all it needs
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
 MOST_PARTS = 8
+MOST_WEIGHT_PARTS = 64
 FEWEST_STEPS = 4  # of K that a part is worth
 
 
@@ -111,3 +120,52 @@ def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
     loads = 32 * (tile.m + n)
     reduction = 2e-2 * batch * conv.out_pixels * conv.outputs * conv.groups * (tile.split > 1)
     return waves * (products + loads) * conv.products / tile.split / 1e3 + reduction
+
+
+def input_gradient_tiles(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+    """Every tile of the input gradient that can be chosen, the one expected best first."""
+    if dtype == torch.float32 and precision == "ieee":
+        return [IEEE_TILE]
+    tiles = [replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT]
+    return sorted(tiles, key=lambda t: input_gradient_cost(t, conv, batch))
+
+
+def input_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
+    return input_gradient_tiles(conv, batch, dtype, precision)[0]
+
+
+def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
+    n = tile.n + tile.n2
+    programs = -(-batch * conv.rows * conv.columns // tile.m) * -(-conv.inputs // n) * conv.groups
+    steps = -(-conv.outputs // tile.k) * tile.k
+    return -(-programs // FEW_PROGRAMS) * (tile.m * n + 32 * (tile.m + n)) * steps
+
+
+def weight_gradient_tiles(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+    """Every tile of the weight gradient that can be chosen, with its split, the one expected best first."""
+    if dtype == torch.float32 and precision == "ieee":
+        tiles = [replace(IEEE_TILE, m=16, n=32, k=64)]
+    else:
+        tiles = [replace(t, m=t.m // 2) if dtype == torch.float32 else t for t in CONV_WEIGHT_GRADIENT]
+    split = [replace(t, split=weight_gradient_split(t, conv, batch)) for t in tiles]
+    return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))
+
+
+def weight_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
+    return weight_gradient_tiles(conv, batch, dtype, precision)[0]
+
+
+def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:
+    return -(-conv.outputs // (tile.n + tile.n2)) * conv.groups * -(-conv.products // tile.k)
+
+
+def weight_gradient_split(tile: ConvTile, conv: Conv, batch: int) -> int:
+    """Parts the pixels are summed in: enough for two waves of programs, each worth its steps; by the shape alone."""
+    by_pixels = batch * conv.out_pixels // (tile.m * FEWEST_STEPS)
+    return max(1, min(MOST_WEIGHT_PARTS, 2 * FEW_PROGRAMS // weight_gradient_programs(tile, conv), by_pixels))
+
+
+def weight_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
+    n = tile.n + tile.n2
+    waves = -(-weight_gradient_programs(tile, conv) * tile.split // FEW_PROGRAMS)
+    return waves * (tile.k * n + 32 * (tile.k + n)) * -(-batch * conv.out_pixels // tile.split)

@@ -28,7 +28,7 @@ def squares(x, at, c, ok, NORM: tl.constexpr, STEP: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def wide_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.constexpr, PLANE: tl.constexpr,
                  NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """y = LRN(x), [N, CHANNELS, rows, columns]; lanes = elements."""
@@ -41,7 +41,7 @@ def wide_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.c
     tl.store(y + offset(image, channel, row, column, YS, 1), narrow(value, y.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def wide_parts(g, x, q, lanes, GS: tl.constexpr, XS: tl.constexpr, QS: tl.constexpr, CHANNELS: tl.constexpr,
                PLANE: tl.constexpr, NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
                BLOCK: tl.constexpr):
@@ -56,7 +56,7 @@ def wide_parts(g, x, q, lanes, GS: tl.constexpr, XS: tl.constexpr, QS: tl.conste
     tl.store(q + offset(image, channel, row, column, QS, 1), value, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def wide_input_gradient(g, x, q, gx, lanes, GS: tl.constexpr, XS: tl.constexpr, QS: tl.constexpr, DS: tl.constexpr,
                         CHANNELS: tl.constexpr, PLANE: tl.constexpr, NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr,
                         WIDE: tl.constexpr, BLOCK: tl.constexpr):

@@ -141,7 +141,7 @@ def window_row(x, at, h, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NOR
     return row_max(x, at, w0, c, live, DTYPE, POOL, NORM, S, SAVE, VEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.constexpr, POOL: tl.constexpr,
                  NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
                  VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -232,7 +232,7 @@ def write_gradient(grads, x, gx, at_x, at_gx, c, ok, XS: tl.constexpr, DS: tl.co
         store_tile(gx, at_gx, input_gradient(v, grads, c, NORM, VEC, RELU), ok, DS.channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def pool_backward(g, offsets, x, gx, lanes, GS: tl.constexpr, OS: tl.constexpr, XS: tl.constexpr, DS: tl.constexpr,
                   CHANNELS: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr,
                   CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):

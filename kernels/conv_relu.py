@@ -114,7 +114,7 @@ def finish(acc, b, y, part, m, n, m_end, n_end, CONV: tl.constexpr, CHANNELS_LAS
         tl.store(y + at, narrow(acc, y.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, PITCH: tl.constexpr,
                       SCHEME: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
                       PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
@@ -126,6 +126,8 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
     column = pid % (CONV.groups * N_TILES)  # neighbours share their pixels in L2
     group = column // N_TILES
     m = pid // (CONV.groups * N_TILES) * BM + tl.arange(0, BM)
+    if WIDE:
+        batch = batch.to(tl.int64)
     m_end = batch * CONV.out_pixels
     m_ok = m < m_end
     n_end = (group + 1) * CONV.outputs
@@ -169,7 +171,7 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
         finish(acc2, b, y, part, m, n2, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def finish_parts(parts, b, y, length, CONV: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
                  SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """y = relu(sum of parts [SPLIT, length] + b), in order: 4 * SPLIT bytes read an output."""
@@ -186,7 +188,7 @@ def finish_parts(parts, b, y, length, CONV: tl.constexpr, CHANNELS_LAST: tl.cons
     tl.store(y + at, narrow(total, y.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def pack_weights(w, packed, length, WS: tl.constexpr, CONV: tl.constexpr, PITCH: tl.constexpr, BODY: tl.constexpr,
                  SCHEME: tl.constexpr, BLOCK: tl.constexpr):
     """packed [O, PITCH] from w [O, C/groups, R, S] by strides WS, in the order SCHEME walks K; zero beyond the last."""

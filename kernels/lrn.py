@@ -153,7 +153,7 @@ def offset(image, channel, row, column, S: tl.constexpr, VEC: tl.constexpr):
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def lrn_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.constexpr, PLANE: tl.constexpr,
                 NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
                 BLOCK: tl.constexpr):
@@ -167,7 +167,7 @@ def lrn_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.co
     store_tile(y, offset(image, channel, row, column, YS, VEC), tile, ok, YS.channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def lrn_input_gradient(g, x, gx, lanes, GS: tl.constexpr, XS: tl.constexpr, DS: tl.constexpr, CHANNELS: tl.constexpr,
                        PLANE: tl.constexpr, NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
                        VEC: tl.constexpr, BLOCK: tl.constexpr):

@@ -31,7 +31,8 @@ def compile_launch(arch: str, kernel: JITFunction, arguments: tuple, options: di
     """The compiled kernel of one launch: 16-byte pointers, and integers that are multiples of 16 marked as such."""
     signature, constants, hints = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments)):
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
@@ -39,7 +40,7 @@ def compile_launch(arch: str, kernel: JITFunction, arguments: tuple, options: di
             hints[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialised and value % 16 == 0:
                 hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     return triton.compile(source, target=TARGETS[arch], options=options)
