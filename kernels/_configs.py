@@ -71,19 +71,27 @@ CONV_FORWARD = {
     "planes": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(128, 64, 0, 32, 8, 3), ConvTile(64, 64, 0, 32, 4, 3),
                ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
 }  # fmt: skip
-CONV_INPUT_GRADIENT = (
-    ConvTile(128, 128, 0, 64, 8, 3), ConvTile(128, 64, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
-    ConvTile(128, 32, 16, 64, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3),
-)  # fmt: skip
+CONV_INPUT_GRADIENT = {  # by whether the layout is channels_last: scattered loads leave registers for small tiles only
+    True: (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(128, 64, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
+           ConvTile(128, 32, 16, 64, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
+    False: (ConvTile(64, 64, 0, 32, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
+}  # fmt: skip
 CONV_WEIGHT_GRADIENT = (  # m pixels a step, tiles of n + n2 output channels by k products
     ConvTile(32, 128, 0, 128, 8, 4), ConvTile(64, 128, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
     ConvTile(64, 64, 32, 64, 8, 3), ConvTile(32, 32, 0, 64, 4, 3), ConvTile(32, 16, 0, 64, 4, 3),
 )  # fmt: skip
 IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)  # float32 products outside the tensor cores: registers are all it needs
+CANDIDATES = 4  # tiles worth measuring for one shape
+NARROWEST = 32  # channels: every table has a tile no wider
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
 MOST_PARTS = 8
 MOST_WEIGHT_PARTS = 64
 FEWEST_STEPS = 4  # of K that a part is worth
+
+
+def fits(tile: ConvTile, channels: int) -> bool:
+    """Whether at most half of the tile's channels would be padding."""
+    return tile.n + tile.n2 < 2 * max(channels, NARROWEST // 2 + 1)
 
 
 def conv_tiles(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
@@ -91,8 +99,8 @@ def conv_tiles(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precisio
     tiles = [IEEE_TILE] if dtype == torch.float32 and precision == "ieee" else CONV_FORWARD[scheme]
     if dtype == torch.float32 and precision != "ieee":
         tiles = [replace(t, k=t.k // 2) for t in tiles]
-    fitted = [with_split(t, conv, scheme, batch) for t in tiles]
-    return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))
+    fitted = [with_split(t, conv, scheme, batch) for t in tiles if fits(t, conv.outputs)]
+    return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))[:CANDIDATES]
 
 
 def conv_tile(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
@@ -122,16 +130,17 @@ def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
     return waves * (products + loads) * conv.products / tile.split / 1e3 + reduction
 
 
-def input_gradient_tiles(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+def input_gradient_tiles(conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
     """Every tile of the input gradient that can be chosen, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
         return [IEEE_TILE]
-    tiles = [replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT]
-    return sorted(tiles, key=lambda t: input_gradient_cost(t, conv, batch))
+    tiles = [replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT[last]]
+    fitted = [t for t in tiles if fits(t, conv.inputs)]
+    return sorted(fitted, key=lambda t: input_gradient_cost(t, conv, batch))[:CANDIDATES]
 
 
-def input_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
-    return input_gradient_tiles(conv, batch, dtype, precision)[0]
+def input_gradient_tile(conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
+    return input_gradient_tiles(conv, last, batch, dtype, precision)[0]
 
 
 def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
@@ -144,11 +153,11 @@ def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
 def weight_gradient_tiles(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
     """Every tile of the weight gradient that can be chosen, with its split, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
-        tiles = [replace(IEEE_TILE, m=16, n=32, k=64)]
+        tiles = [replace(IEEE_TILE, m=16, n=32, k=32)]
     else:
         tiles = [replace(t, m=t.m // 2) if dtype == torch.float32 else t for t in CONV_WEIGHT_GRADIENT]
-    split = [replace(t, split=weight_gradient_split(t, conv, batch)) for t in tiles]
-    return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))
+    split = [replace(t, split=weight_gradient_split(t, conv, batch)) for t in tiles if fits(t, conv.outputs)]
+    return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))[:CANDIDATES]
 
 
 def weight_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:

@@ -124,7 +124,7 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
     pid = program_index(0, WIDE)
     part = tl.program_id(1)
     column = pid % (CONV.groups * N_TILES)  # neighbours share their pixels in L2
-    group = column // N_TILES
+    group = column // N_TILES if CONV.groups > 1 else 0
     m = pid // (CONV.groups * N_TILES) * BM + tl.arange(0, BM)
     if WIDE:
         batch = batch.to(tl.int64)

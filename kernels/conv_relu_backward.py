@@ -87,7 +87,7 @@ def conv_input_gradient(dz, w, x, gx, batch, ZS: tl.constexpr, WS: tl.constexpr,
     N_TILES: tl.constexpr = (INPUTS + BN + BN2 - 1) // (BN + BN2)
     pid = program_index(0, WIDE)
     column = pid % (CONV.groups * N_TILES)
-    group = column // N_TILES
+    group = column // N_TILES if CONV.groups > 1 else 0
     m = pid // (CONV.groups * N_TILES) * BM + tl.arange(0, BM)
     c = column % N_TILES * (BN + BN2) + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -172,7 +172,7 @@ def conv_weight_gradient(dz, x, parts, batch, ZS: tl.constexpr, XS: tl.constexpr
     O: tl.constexpr = CONV.groups * CONV.outputs
     K: tl.constexpr = CONV.products
     tile_n = tl.program_id(0)
-    group = tl.program_id(1) // O_TILES
+    group = tl.program_id(1) // O_TILES if CONV.groups > 1 else 0
     part = tl.program_id(2)
     o = tl.program_id(1) % O_TILES * (BO + BO2) + tl.arange(0, BO)
     n = tile_n * BN + tl.arange(0, BN)
@@ -301,7 +301,7 @@ def conv_relu_backward(
     if output_mask[0]:
         gx = layout.empty(x, tuple(x.shape), last)
         if gx.numel():
-            run_input_gradient(dz, weight, x, gx, conv, mask_grad_input, precision, input_tile)
+            run_input_gradient(dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile)
     if output_mask[1]:
         gw = torch.empty_like(weight)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
@@ -321,9 +321,10 @@ def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
 
 
 def run_input_gradient(
-    dz: Tensor, w: Tensor, x: Tensor, gx: Tensor, conv: Conv, mask: bool, precision: str, tile: ConvTile | None
-) -> None:
-    tile = tile or input_gradient_tile(conv, dz.shape[0], dz.dtype, precision)
+    dz: Tensor, w: Tensor, x: Tensor, gx: Tensor, conv: Conv, last: bool, mask: bool, precision: str,
+    tile: ConvTile | None,
+) -> None:  # fmt: skip
+    tile = tile or input_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision)
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
     conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from static_ledger import amd_facts, cubin_facts
+from support.static_ledger import amd_facts, cubin_facts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,16 +55,17 @@ def facts(arch: str, compiled) -> dict:
 
 
 @contextlib.contextmanager
-def compiling(arch: str):
-    """Inside, every launch compiles for `arch` instead, and its (kernel name, compiled kernel) joins the list yielded."""
-    launched: list[tuple[str, object]] = []
+def compiling(arch: str, only: str):
+    """Inside, a launch of the kernel named `only` compiles for `arch`, into the list yielded; others do nothing."""
+    compiled: list = []
 
     def run(self, *arguments, grid, warmup, **options):
-        launched.append((self.__name__, compile_launch(arch, self, arguments, options)))
+        if self.__name__ == only:
+            compiled.append(compile_launch(arch, self, arguments, options))
 
     original = JITFunction.run
     JITFunction.run = run
     try:
-        yield launched
+        yield compiled
     finally:
         JITFunction.run = original

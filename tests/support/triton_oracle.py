@@ -7,12 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def window_sums(v: Tensor, before: int, size: int, groups: int) -> Tensor:
+    """The sum of v over `size` channels from `before` channels ahead, inside each channel's group."""
+    n, c = v.shape[:2]
+    padded = F.pad(v.reshape(n, groups, c // groups, -1), (0, 0, before, size - 1 - before))
+    return sum(padded[:, :, j : j + c // groups] for j in range(size)).reshape(v.shape)
+
+
 def lrn(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Tensor:
-    n, c = x.shape[:2]
-    squares = x.square().reshape(n, groups, c // groups, -1)
-    padded = F.pad(squares, (0, 0, size // 2, size - 1 - size // 2))
-    sums = sum(padded[:, :, j : j + c // groups] for j in range(size))
-    return x * (k + scale * sums.reshape(x.shape)).pow(-beta)
+    return x * (k + scale * window_sums(x.square(), size // 2, size, groups)).pow(-beta)
+
+
+def lrn_gradient_magnitude(
+    x: Tensor, grad: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> Tensor:
+    """The sum of the absolute values that each element of the gradient of lrn adds up."""
+    x, grad = x.double(), grad.double()
+    s = k + scale * window_sums(x.square(), size // 2, size, groups)
+    q = (grad * x).abs() * s.pow(-beta - 1)
+    spread = window_sums(q, size - 1 - size // 2, size, groups)
+    return grad.abs() * s.pow(-beta) + 2 * scale * beta * x.abs() * spread
 
 
 def max_pool(x: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[Tensor, Tensor]:
