@@ -150,18 +150,30 @@ def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
     return -(-programs // FEW_PROGRAMS) * (tile.m * n + 32 * (tile.m + n)) * steps
 
 
-def weight_gradient_tiles(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+def architecture(device: torch.device) -> str:
+    """"sm_90" and such, "gfx942" and such, or "" where there is no GPU."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+def weight_gradient_tiles(
+    conv: Conv, batch: int, dtype: torch.dtype, precision: str, arch: str
+) -> list[ConvTile]:
     """Every tile of the weight gradient that can be chosen, with its split, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
         tiles = [replace(IEEE_TILE, m=16, n=32, k=32)]
     else:
         tiles = [replace(t, m=t.m // 2) if dtype == torch.float32 else t for t in CONV_WEIGHT_GRADIENT]
+        if arch.startswith("sm_8"):  # two accumulators: 255 registers, and x no longer copied asynchronously
+            tiles = [t for t in tiles if not t.n2]
     split = [replace(t, split=weight_gradient_split(t, conv, batch)) for t in tiles if fits(t, conv.outputs)]
     return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))[:CANDIDATES]
 
 
-def weight_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
-    return weight_gradient_tiles(conv, batch, dtype, precision)[0]
+def weight_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str, arch: str) -> ConvTile:
+    return weight_gradient_tiles(conv, batch, dtype, precision, arch)[0]
 
 
 def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._common import mma, narrow, program_index, widen
-from ._configs import ConvTile, input_gradient_tile, weight_gradient_tile
+from ._configs import ConvTile, architecture, input_gradient_tile, weight_gradient_tile
 from ._conv import Conv, float32_precision, geometry, refuse_conv
 from ._refuse import first, refuse_four_axes, refuse_tensors
 
@@ -353,7 +353,8 @@ def run_weight_gradient(
     dz: Tensor, x: Tensor, gw: Tensor, gb: Tensor, conv: Conv, last: bool, bias: bool, precision: str,
     tile: ConvTile | None,
 ) -> None:  # fmt: skip
-    tile = tile or weight_gradient_tile(conv, dz.shape[0], dz.dtype, precision)
+    arch = architecture(x.device)
+    tile = tile or weight_gradient_tile(conv, dz.shape[0], dz.dtype, precision, arch)
     run, read_past = aligned_run(conv, x)
     length = gw.numel() + gw.shape[0]
     parts = torch.empty((tile.split, length), dtype=torch.float32, device=x.device)

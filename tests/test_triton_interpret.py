@@ -23,6 +23,7 @@ from fastalex.kernels.max_pool import max_pool, max_pool_backward  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ONE = (1, 1)
+HALF_AND_SINGLE = [BF16, pytest.param(F32, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def check_lrn(x, grad, size, scale, beta, k, groups):
     assert gx.stride() == y.stride()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("case", LRN_CASES, ids=str)
 def test_lrn(case, layout, dtype):
@@ -145,7 +146,7 @@ POOL_CASES = [
     ((2, 16, 11, 9), (3, 3), (2, 2), (0, 0), ONE, False),  # the network's window: rows are shared
     ((1, 8, 10, 9), (3, 2), (2, 1), (1, 1), ONE, True),
     ((1, 3, 9, 12), (2, 3), (1, 2), (1, 0), (2, 3), False),  # dilated: backward goes pixel by pixel
-    ((1, 2, 14, 15), (5, 9), (3, 2), (2, 4), ONE, True),  # taller and wider than is unrolled
+    ((1, 2, 8, 11), (5, 9), (3, 2), (2, 4), ONE, True),  # taller and wider than is unrolled
     ((1, 4, 7, 7), (3, 3), (3, 3), (1, 1), ONE, True),  # windows that don't overlap
     ((1, 4, 7, 7), (2, 2), (5, 5), (1, 1), ONE, True),  # pixels that no window covers
     ((1, 4, 6, 6), (4, 4), (1, 1), (2, 2), ONE, False),  # three rows shared
@@ -166,7 +167,7 @@ def same(found, expected):
     return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(0.5), expected.nan_to_num(0.5))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("case", POOL_CASES, ids=str)
 def test_max_pool(case, layout, dtype):
@@ -189,7 +190,7 @@ def test_max_pool(case, layout, dtype):
 
 
 def test_max_pool_counts_more_than_256_taps():
-    x = random((1, 2, 18, 19), F32, "nhwc")
+    x = random((1, 1, 18, 18), F32, "nhwc")
     arguments = ((17, 17), (3, 3), (0, 1), ONE)
     y, offsets = max_pool(x, *arguments, False, True)
     expected, taps = oracle.max_pool(x, *arguments, False)
@@ -214,15 +215,15 @@ def test_max_pool_reads_every_layout_in_place(layout):
 
 # shape, LRN arguments, kernel, stride, padding, ceil_mode
 FUSED_CASES = [
-    ((1, 16, 11, 9), (5, 0.3, 0.75, 2.0, 2), (3, 3), (2, 2), (0, 0), False),
+    ((1, 16, 7, 9), (5, 0.3, 0.75, 2.0, 2), (3, 3), (2, 2), (0, 0), False),
     ((2, 6, 6, 7), (4, 0.3, 0.6, 1.0, 1), (3, 2), (2, 1), (1, 1), True),
     ((1, 3, 8, 9), (9, 0.3, 0.75, 1.0, 1), (2, 2), (3, 3), (0, 1), False),
     ((1, 80, 3, 3), (40, 0.3, 0.75, 1.0, 1), (3, 3), (2, 2), (1, 1), False),
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhwc-slice"])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("case", FUSED_CASES, ids=str)
 def test_lrn_max_pool_equals_the_pair_bit_for_bit(case, layout, dtype):
     shape, norm, *window, ceil_mode = case
@@ -260,6 +261,7 @@ def test_lrn_max_pool_keeps_nan_and_empty_windows():
     assert torch.equal(offsets, taps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_every_pointwise_launch_gives_the_same(layout):
     last = layout == "nhwc"

@@ -40,7 +40,6 @@ class Case:
     kernel: str
     call: Callable[[], object]
     quick: bool = False
-    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
@@ -116,14 +115,16 @@ def forward_cases(name: str, dtype_name: str, last: bool, precision: str, batch:
         )  # fmt: skip
 
 
-def backward_cases(name: str, dtype_name: str, last: bool, precision: str, every: bool) -> Iterator[Case]:
+def backward_cases(
+    arch: str, name: str, dtype_name: str, last: bool, precision: str, every: bool
+) -> Iterator[Case]:
     x, weight, bias, *rest = layer(name, BATCH, DTYPES[dtype_name], last)
     conv = geometry(x.shape[2:], weight, *rest)
     y = meta((BATCH, weight.shape[0], conv.out_rows, conv.out_columns), x.dtype, last)
     where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}"
     found = {
         "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision),
-        "weight": configs.weight_gradient_tiles(conv, BATCH, x.dtype, precision),
+        "weight": configs.weight_gradient_tiles(conv, BATCH, x.dtype, precision, arch),
     }
     for which, tiles in found.items():
         wanted = (which == "input", which == "weight", which == "weight")
@@ -141,20 +142,20 @@ def label(dtype_name: str, precision: str) -> str:
     return precision if dtype_name == "fp32" else dtype_name
 
 
-def cases() -> list[Case]:
+def cases(arch: str) -> list[Case]:
     found: list[Case] = []
     for dtype_name, last in (("fp16", True), ("fp16", False), ("bf16", True), ("fp32", True)):
         found += pointwise_cases(dtype_name, last, every=(dtype_name, last) == ("fp16", True))
     for name in LAYERS:
         found += forward_cases(name, "fp16", True, "tf32", BATCH, every=name not in ("conv1-unpadded", "conv5"))
-        found += backward_cases(name, "fp16", True, "tf32", every=name in ("conv1", "conv3", "narrow"))
+        found += backward_cases(arch, name, "fp16", True, "tf32", every=name in ("conv1", "conv3", "narrow"))
     for name in ("conv1", "conv3", "conv5"):
         found += forward_cases(name, "fp16", True, "tf32", 1, every=False)
     for name, dtype_name, precision in (("conv1", "fp32", "tf32"), ("conv3", "bf16", "tf32"), ("conv3", "fp32", "tf32"),
                                         ("conv3", "fp32", "ieee")):  # fmt: skip
         found += forward_cases(name, dtype_name, True, precision, BATCH, every=False)
-        found += backward_cases(name, dtype_name, True, precision, every=False)
+        found += backward_cases(arch, name, dtype_name, True, precision, every=False)
     for name in ("conv1-unpadded", "conv3"):
         found += forward_cases(name, "fp16", False, "tf32", BATCH, every=name == "conv3")
-        found += backward_cases(name, "fp16", False, "tf32", every=False)
+        found += backward_cases(arch, name, "fp16", False, "tf32", every=False)
     return list({case.name: case for case in found}.values())

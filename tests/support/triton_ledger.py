@@ -24,7 +24,7 @@ def measure(case: triton_cases.Case, arch: str) -> dict:
 
 
 def names() -> dict[str, tuple[triton_cases.Case, str]]:
-    return {f"{arch}/{case.name}": (case, arch) for case in triton_cases.cases() for arch in case.archs}
+    return {f"{arch}/{case.name}": (case, arch) for arch in triton_aot.TARGETS for case in triton_cases.cases(arch)}
 
 
 def main() -> None:
