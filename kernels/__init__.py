@@ -1,4 +1,3 @@
-"""Triton kernels, one file per operator. Installed as fastalex.kernels.
-
-Importing this package imports neither Triton nor a kernel: _refuse.py says why a call is not served.
+"""Triton kernels, one file per operator; importing this package imports neither Triton nor a
+kernel.
 """

@@ -1,10 +1,14 @@
-"""What every kernel shares: loads, rounding and products that are right on a GPU and in the interpreter."""
+"""What every kernel shares: loads, rounding and products that are right on a GPU and in the
+interpreter.
+"""
+# ruff: noqa: RUF005, SIM108 - Triton's tuples are joined, not unpacked
 
 import triton
 import triton.language as tl
 
-# The interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those bits in tl.dot, truncates
-# float32 -> bfloat16 and mishandles subnormals. The branches on this flag repair it and vanish on a GPU.
+# The interpreter keeps bfloat16 as raw 16-bit integers: it multiplies those bits in tl.dot,
+# truncates float32 -> bfloat16 and mishandles subnormals. The branches on this flag repair it and
+# vanish on a GPU.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -29,7 +33,9 @@ def narrow(v, dtype: tl.constexpr):
 @triton.jit
 def mma(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32; PRECISION ("tf32", "ieee") matters for float32 operands alone."""
-    if INTERPRETED:  # a product of two halves fits float32 exactly: this is what a tensor core computes
+    if (
+        INTERPRETED
+    ):  # a product of two halves fits float32 exactly: this is what a tensor core computes
         a = widen(a)
         b = widen(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -50,18 +56,17 @@ def unpack(v):
     P: tl.constexpr = v.shape[0]
     if v.shape[1] == 1:
         return (v.reshape([P]),)
-    elif v.shape[1] == 2:
+    if v.shape[1] == 2:
         return tl.split(v)
-    elif v.shape[1] == 4:
+    if v.shape[1] == 4:
         even, odd = tl.split(v.reshape([P, 2, 2]))
         a, c = tl.split(even)
         b, d = tl.split(odd)
         return a, b, c, d
-    else:
-        even, odd = tl.split(v.reshape([P, 4, 2]))
-        a, c, e, g = unpack(even)
-        b, d, f, h = unpack(odd)
-        return a, b, c, d, e, f, g, h
+    even, odd = tl.split(v.reshape([P, 4, 2]))
+    a, c, e, g = unpack(even)
+    b, d, f, h = unpack(odd)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -70,35 +75,42 @@ def pack(v):
     P: tl.constexpr = v[0].shape[0]
     if len(v) == 1:
         return v[0].reshape([P, 1])
-    elif len(v) == 2:
+    if len(v) == 2:
         return tl.join(v[0], v[1])
-    elif len(v) == 4:
+    if len(v) == 4:
         return tl.join(pack((v[0], v[2])), pack((v[1], v[3]))).reshape([P, 4])
-    else:
-        return tl.join(pack((v[0], v[2], v[4], v[6])), pack((v[1], v[3], v[5], v[7]))).reshape([P, 8])
+    return tl.join(pack((v[0], v[2], v[4], v[6])), pack((v[1], v[3], v[5], v[7]))).reshape([P, 8])
 
 
 @triton.jit
 def load_run(p, at, ok, LENGTH: tl.constexpr, STEP: tl.constexpr):
-    """LENGTH values STEP elements apart from `at` [P]: a tuple of vectors [P], zero where not ok."""
+    """LENGTH values STEP apart from `at` [P]: a tuple of vectors [P], zero where not ok."""
     if STEP == 1:
         v = tl.load(p + at[:, None] + tl.arange(0, LENGTH)[None, :], mask=ok[:, None], other=0)
         if v.dtype.is_floating():
             v = widen(v)
         return unpack(v)
-    else:
-        run = ()
-        for i in tl.static_range(LENGTH):
-            v = tl.load(p + at + i * STEP, mask=ok, other=0)
-            if v.dtype.is_floating():
-                v = widen(v)
-            run = run + (v,)
-        return run
+    run = ()
+    for i in tl.static_range(LENGTH):
+        v = tl.load(p + at + i * STEP, mask=ok, other=0)
+        if v.dtype.is_floating():
+            v = widen(v)
+        run = run + (v,)
+    return run
 
 
 @triton.jit
-def load_span(p, at, c, ok, BEFORE: tl.constexpr, AFTER: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-              VEC: tl.constexpr):
+def load_span(
+    p,
+    at,
+    c,
+    ok,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    VEC: tl.constexpr,
+):
     """Channels c - BEFORE .. c + VEC - 1 + AFTER, zero outside the group of GROUP channels.
 
     c [P] counts from the start of the group and is a multiple of VEC, which divides GROUP: so the

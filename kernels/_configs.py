@@ -1,4 +1,6 @@
-"""Which tile each kernel runs with: plain tables, keyed by operator, layout, shape class and architecture."""
+"""Which tile each kernel runs with: plain tables, keyed by operator, layout, shape class and
+architecture.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from ._conv import Conv
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel that works lane by lane: `block` lanes a program; `rows` output rows each lane walks down."""
+    """A kernel that works lane by lane: `block` lanes a program; `rows` output rows each lane walks
+    down.
+    """
 
     block: int
     warps: int
@@ -20,7 +24,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class ConvTile:
-    """A convolution's tile: m pixels by n + n2 output channels, k products a step, K in `split` parts."""
+    """A convolution's tile: m pixels by n + n2 output channels, k products a step, K in `split`
+    parts.
+    """
 
     m: int
     n: int
@@ -39,7 +45,8 @@ LRN = {
     ("backward", False): (Launch(128, 4), Launch(64, 2)),
 }
 
-# (direction, channels_last, normalised): a lane that normalises walks further, as each row it keeps saves more
+# (direction, channels_last, normalised): a lane that normalises walks further, as each row it keeps
+# saves more
 POOL = {
     ("forward", True, False): (Launch(128, 4, 2), Launch(128, 4, 4)),
     ("forward", False, False): (Launch(256, 4, 2), Launch(512, 4, 2)),
@@ -62,25 +69,72 @@ def pool_launch(direction: str, channels_last: bool, normalised: bool) -> Launch
 
 # scheme: tiles for halves; a float32 tile has half the k, to take the same shared memory
 CONV_FORWARD = {
-    "rows": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(64, 64, 32, 32, 4, 3), ConvTile(128, 64, 0, 32, 4, 3),
-             ConvTile(64, 32, 0, 32, 4, 3)),
-    "flat": (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(64, 128, 0, 32, 8, 4), ConvTile(128, 64, 0, 32, 4, 3),
-             ConvTile(64, 64, 0, 32, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
-    "taps": (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(64, 128, 0, 64, 4, 3), ConvTile(128, 64, 0, 64, 4, 3),
-             ConvTile(64, 64, 0, 64, 4, 3), ConvTile(64, 32, 0, 64, 4, 3), ConvTile(64, 16, 0, 64, 4, 3)),
-    "planes": (ConvTile(128, 64, 32, 32, 8, 3), ConvTile(128, 64, 0, 32, 8, 3), ConvTile(64, 64, 0, 32, 4, 3),
-               ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
-}  # fmt: skip
-CONV_INPUT_GRADIENT = {  # by whether the layout is channels_last: scattered loads leave registers for small tiles only
-    True: (ConvTile(128, 128, 0, 64, 8, 3), ConvTile(128, 64, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
-           ConvTile(128, 32, 16, 64, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
-    False: (ConvTile(64, 64, 0, 32, 4, 3), ConvTile(64, 32, 0, 32, 4, 3), ConvTile(64, 16, 0, 32, 4, 3)),
-}  # fmt: skip
-CONV_WEIGHT_GRADIENT = (  # m pixels a step, tiles of n + n2 output channels by k products
-    ConvTile(32, 128, 0, 128, 8, 4), ConvTile(64, 128, 0, 64, 4, 3), ConvTile(64, 64, 0, 64, 4, 3),
-    ConvTile(64, 64, 32, 64, 8, 3), ConvTile(32, 32, 0, 64, 4, 3), ConvTile(32, 16, 0, 64, 4, 3),
-)  # fmt: skip
-IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)  # float32 products outside the tensor cores: registers are all it needs
+    "rows": (
+        ConvTile(128, 64, 32, 32, 8, 3),
+        ConvTile(64, 64, 32, 32, 4, 3),
+        ConvTile(128, 64, 0, 32, 4, 3),
+        ConvTile(64, 32, 0, 32, 4, 3),
+    ),
+    "flat": (
+        ConvTile(128, 128, 0, 64, 8, 3),
+        ConvTile(64, 128, 0, 32, 8, 4),
+        ConvTile(128, 64, 0, 32, 4, 3),
+        ConvTile(64, 64, 0, 32, 4, 3),
+        ConvTile(64, 32, 0, 32, 4, 3),
+        ConvTile(64, 16, 0, 32, 4, 3),
+    ),
+    "taps": (
+        ConvTile(128, 128, 0, 64, 8, 3),
+        ConvTile(64, 128, 0, 64, 4, 3),
+        ConvTile(128, 64, 0, 64, 4, 3),
+        ConvTile(64, 64, 0, 64, 4, 3),
+        ConvTile(64, 32, 0, 64, 4, 3),
+        ConvTile(64, 16, 0, 64, 4, 3),
+    ),
+    "planes": (
+        ConvTile(128, 64, 32, 32, 8, 3),
+        ConvTile(128, 64, 0, 32, 8, 3),
+        ConvTile(64, 64, 0, 32, 4, 3),
+        ConvTile(64, 32, 0, 32, 4, 3),
+        ConvTile(64, 16, 0, 32, 4, 3),
+    ),
+}
+# whether channels_last: scattered loads leave registers for small tiles only
+CONV_INPUT_GRADIENT = {
+    True: (
+        ConvTile(128, 128, 0, 64, 8, 3),
+        ConvTile(128, 64, 0, 64, 4, 3),
+        ConvTile(64, 64, 0, 64, 4, 3),
+        ConvTile(128, 32, 16, 64, 4, 3),
+        ConvTile(64, 32, 0, 32, 4, 3),
+        ConvTile(64, 16, 0, 32, 4, 3),
+    ),
+    False: (
+        ConvTile(64, 64, 0, 32, 4, 3),
+        ConvTile(64, 32, 0, 32, 4, 3),
+        ConvTile(64, 16, 0, 32, 4, 3),
+    ),
+}
+# m pixels a step, tiles of n + n2 output channels by k products
+CONV_WEIGHT_GRADIENT = {
+    True: (
+        ConvTile(32, 128, 0, 128, 8, 4),
+        ConvTile(64, 128, 0, 64, 4, 3),
+        ConvTile(64, 64, 0, 64, 4, 3),
+        ConvTile(64, 64, 32, 64, 8, 3),
+        ConvTile(32, 32, 0, 64, 4, 3),
+        ConvTile(32, 16, 0, 64, 4, 3),
+    ),
+    False: (
+        ConvTile(32, 128, 0, 128, 8, 4),
+        ConvTile(32, 64, 0, 64, 4, 3),
+        ConvTile(32, 32, 0, 64, 4, 3),
+        ConvTile(32, 16, 0, 64, 4, 3),
+    ),
+}
+IEEE_TILE = ConvTile(
+    64, 32, 0, 16, 4, 2
+)  # float32 products outside the tensor cores: registers are all it needs
 CANDIDATES = 4  # tiles worth measuring for one shape
 NARROWEST = 32  # channels: every table has a tile no wider
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
@@ -94,7 +148,9 @@ def fits(tile: ConvTile, channels: int) -> bool:
     return tile.n + tile.n2 < 2 * max(channels, NARROWEST // 2 + 1)
 
 
-def conv_tiles(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+def conv_tiles(
+    conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str
+) -> list[ConvTile]:
     """Every forward tile that can be chosen, the one the model below expects most of first."""
     tiles = [IEEE_TILE] if dtype == torch.float32 and precision == "ieee" else CONV_FORWARD[scheme]
     if dtype == torch.float32 and precision != "ieee":
@@ -108,19 +164,29 @@ def conv_tile(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision
 
 
 def tile_programs(tile: ConvTile, conv: Conv, batch: int) -> int:
-    return -(-batch * conv.out_pixels // tile.m) * -(-conv.outputs // (tile.n + tile.n2)) * conv.groups
+    return (
+        -(-batch * conv.out_pixels // tile.m) * -(-conv.outputs // (tile.n + tile.n2)) * conv.groups
+    )
 
 
 def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
-    """The tile with K split as the shape alone decides, so that a result never depends on the device."""
+    """The tile with K split as the shape alone decides, so that a result never depends on the
+    device.
+    """
     if scheme == "rows":
         return tile
-    most = min(MOST_PARTS, conv.products // (tile.k * FEWEST_STEPS), FEW_PROGRAMS // tile_programs(tile, conv, batch))
+    most = min(
+        MOST_PARTS,
+        conv.products // (tile.k * FEWEST_STEPS),
+        FEW_PROGRAMS // tile_programs(tile, conv, batch),
+    )
     return replace(tile, split=max(most, 1))
 
 
 def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
-    """Relative time by a model with three terms: waves of programs, products a step, values a step must load."""
+    """Relative time by a model with three terms: waves of programs, products a step, values a step
+    must load.
+    """
     programs = tile_programs(tile, conv, batch) * tile.split
     waves = -(-programs // FEW_PROGRAMS)
     n = tile.n + tile.n2
@@ -130,16 +196,22 @@ def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
     return waves * (products + loads) * conv.products / tile.split / 1e3 + reduction
 
 
-def input_gradient_tiles(conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+def input_gradient_tiles(
+    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str
+) -> list[ConvTile]:
     """Every tile of the input gradient that can be chosen, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
         return [IEEE_TILE]
-    tiles = [replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT[last]]
+    tiles = [
+        replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT[last]
+    ]
     fitted = [t for t in tiles if fits(t, conv.inputs)]
     return sorted(fitted, key=lambda t: input_gradient_cost(t, conv, batch))[:CANDIDATES]
 
 
-def input_gradient_tile(conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
+def input_gradient_tile(
+    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str
+) -> ConvTile:
     return input_gradient_tiles(conv, last, batch, dtype, precision)[0]
 
 
@@ -151,29 +223,45 @@ def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90" and such, "gfx942" and such, or "" where there is no GPU."""
+    """ "sm_90" and such, "gfx942" and such, or "" where there is no GPU."""
     if device.type != "cuda":
         return ""
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+    return (
+        getattr(properties, "gcnArchName", "").split(":")[0]
+        or f"sm_{properties.major}{properties.minor}"
+    )
 
 
 def weight_gradient_tiles(
-    conv: Conv, batch: int, dtype: torch.dtype, precision: str, arch: str
+    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
 ) -> list[ConvTile]:
-    """Every tile of the weight gradient that can be chosen, with its split, the one expected best first."""
+    """Every tile of the weight gradient that can be chosen, with its split, the one expected best
+    first.
+    """
     if dtype == torch.float32 and precision == "ieee":
         tiles = [replace(IEEE_TILE, m=16, n=32, k=32)]
     else:
-        tiles = [replace(t, m=t.m // 2) if dtype == torch.float32 else t for t in CONV_WEIGHT_GRADIENT]
-        if arch.startswith("sm_8"):  # two accumulators: 255 registers, and x no longer copied asynchronously
+        tiles = [
+            replace(t, m=t.m // 2) if dtype == torch.float32 else t
+            for t in CONV_WEIGHT_GRADIENT[last]
+        ]
+        if arch.startswith(
+            "sm_8"
+        ):  # two accumulators: 255 registers, and x no longer copied asynchronously
             tiles = [t for t in tiles if not t.n2]
-    split = [replace(t, split=weight_gradient_split(t, conv, batch)) for t in tiles if fits(t, conv.outputs)]
+    split = [
+        replace(t, split=weight_gradient_split(t, conv, batch))
+        for t in tiles
+        if fits(t, conv.outputs)
+    ]
     return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))[:CANDIDATES]
 
 
-def weight_gradient_tile(conv: Conv, batch: int, dtype: torch.dtype, precision: str, arch: str) -> ConvTile:
-    return weight_gradient_tiles(conv, batch, dtype, precision, arch)[0]
+def weight_gradient_tile(
+    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
+) -> ConvTile:
+    return weight_gradient_tiles(conv, last, batch, dtype, precision, arch)[0]
 
 
 def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:
@@ -181,9 +269,14 @@ def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:
 
 
 def weight_gradient_split(tile: ConvTile, conv: Conv, batch: int) -> int:
-    """Parts the pixels are summed in: enough for two waves of programs, each worth its steps; by the shape alone."""
+    """Parts the pixels are summed in: enough for two waves of programs, each worth its steps; by
+    the shape alone.
+    """
     by_pixels = batch * conv.out_pixels // (tile.m * FEWEST_STEPS)
-    return max(1, min(MOST_WEIGHT_PARTS, 2 * FEW_PROGRAMS // weight_gradient_programs(tile, conv), by_pixels))
+    return max(
+        1,
+        min(MOST_WEIGHT_PARTS, 2 * FEW_PROGRAMS // weight_gradient_programs(tile, conv), by_pixels),
+    )
 
 
 def weight_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:

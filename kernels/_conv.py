@@ -13,7 +13,9 @@ from ._layout import Strides
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution's shape but for the batch; compiled in, so that every division is by a constant."""
+    """One convolution's shape but for the batch; compiled in, so that every division is by a
+    constant.
+    """
 
     rows: int
     columns: int
@@ -34,6 +36,14 @@ class Conv:
     @property
     def out_pixels(self) -> int:
         return self.out_rows * self.out_columns
+
+    @property
+    def out_channels(self) -> int:
+        return self.groups * self.outputs
+
+    @property
+    def weights(self) -> int:
+        return self.out_channels * self.products
 
     @property
     def products(self) -> int:
@@ -62,24 +72,33 @@ class Conv:
 def geometry(input_size, weight: Tensor, stride, padding, dilation, groups: int) -> Conv:
     o, inputs, r, s = weight.shape
     (h, w), kernel = input_size, (r, s)
-    out = [(n + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, n in enumerate((h, w))]
+    out = [
+        (n + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, n in enumerate((h, w))
+    ]
     return Conv(h, w, *out, r, s, *stride, *padding, *dilation, groups, inputs, o // groups)
 
 
-def refuse_conv(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups: int) -> str | None:
+def refuse_conv(
+    input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups: int
+) -> str | None:
     if weight.dim() != 4:
         return f"the weight has {weight.dim()} axes, not 4: give it as [O, C / groups, R, S]"
     if groups < 1 or input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        return f"{input.shape[1]} input channels and a weight of {tuple(weight.shape)} don't fit {groups} groups"
+        channels = input.shape[1]
+        return (
+            f"{channels} channels and a weight of {tuple(weight.shape)} don't fit {groups} groups"
+        )
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        return f"input ({input.dtype}), weight ({weight.dtype}) and bias differ in type: cast them to one"
+        return f"input {input.dtype}, weight {weight.dtype} and bias differ: cast them to one type"
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         return f"a bias of {tuple(bias.shape)} doesn't belong to {weight.shape[0]} output channels"
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return "stride and dilation must be positive, padding not negative"
     conv = geometry(input.shape[2:], weight, stride, padding, dilation, groups)
     if min(conv.out_rows, conv.out_columns) < 1:
-        return f"a map of {tuple(input.shape[2:])} is smaller than the kernel {tuple(weight.shape[2:])}"
+        sizes = tuple(input.shape[2:]), tuple(weight.shape[2:])
+        return f"a map of {sizes[0]} is smaller than the kernel {sizes[1]}"
     return None
 
 
@@ -95,7 +114,13 @@ def forward_scheme(conv: Conv, s: Strides, itemsize: int) -> str:
     if s.channel != 1:
         return "planes"
     run = conv.s * conv.inputs
-    if conv.groups == 1 and conv.dw == 1 and s.column == conv.inputs and conv.inputs <= 4 and run >= 32:
+    if (
+        conv.groups == 1
+        and conv.dw == 1
+        and s.column == conv.inputs
+        and conv.inputs <= 4
+        and run >= 32
+    ):
         return "rows"
     if conv.inputs % (128 // itemsize) == 0:
         return "taps"

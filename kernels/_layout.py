@@ -46,7 +46,7 @@ def layout_note(x: Tensor) -> str | None:
     """Why x is copied before a kernel reads it, or None where it is read in place."""
     if is_channels_last(x) or x.stride(-1) == 1 or x.numel() == 0:
         return None
-    return f"copied to contiguous first: strides {tuple(x.stride())} have no dense channel or column axis"
+    return f"copied first: strides {tuple(x.stride())} have no dense channel or column axis"
 
 
 def readable(x: Tensor) -> Tensor:
@@ -65,19 +65,27 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def empty(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(channels_last))
+def empty(
+    x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(channels_last)
+    )
 
 
 def needs_wide(*tensors: Tensor) -> bool:
     """Whether any element's offset, or the count of elements, passes 32 bits."""
     return any(
-        max(t.numel(), 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) >= WIDE_FROM for t in tensors
+        max(t.numel(), 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        >= WIDE_FROM
+        for t in tensors
     )
 
 
 def vector_length(group_channels: int, itemsize: int, channels_last: bool, *tensors: Tensor) -> int:
-    """Channels one lane owns: up to 16 bytes of them, dividing the group and every stride between pixels."""
+    """Channels one lane owns: up to 16 bytes of them, dividing the group and every stride between
+    pixels.
+    """
     step = math.gcd(16 // itemsize, group_channels)
     if channels_last:
         for t in tensors:
@@ -88,7 +96,9 @@ def vector_length(group_channels: int, itemsize: int, channels_last: bool, *tens
 
 
 def collapse(*tensors: Tensor) -> tuple[Plane, list[Strides]]:
-    """The fewest pixel axes that describe all tensors: each division a kernel need not do is issue slots saved."""
+    """The fewest pixel axes that describe all tensors: each division a kernel need not do is issue
+    slots saved.
+    """
     n, channels, h, w = tensors[0].shape
     planes = [strides(t) for t in tensors]
     if all(s.row == w * s.column or h == 1 for s in planes):

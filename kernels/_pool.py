@@ -1,9 +1,10 @@
-"""The max-pooling kernels, of x itself or of LRN(x) computed on the way, forward and backward.
+"""The kernel of max-pooling, of x itself or of LRN(x) computed on the way.
 
-Forward: a lane owns VEC channels of one output column and walks down ROWS output rows, keeping the maxima of the
-input rows that the next window shares. x is read from memory once; so is nothing else, and y and (for training)
-one offset per output are written. Backward gathers: each input pixel looks up the windows that cover it.
+A lane owns VEC channels of one output column and walks down ROWS output rows, keeping the maxima of
+the input rows that the next window shares. x is read from memory once; y and, for training, one
+offset an output are written, and nothing else.
 """
+# ruff: noqa: RUF005, B007 - Triton's tuples are joined, not unpacked
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ._common import load_span, narrow, pack, program_index, store_tile, widen
-from .lrn import input_gradient, locate, normalised, offset
+from ._common import narrow, program_index, store_tile, widen
+from .lrn import locate, normalised
 
 ROW_BY_ROW = tl.constexpr(4)  # taller windows aren't unrolled
 UNROLLED_COLUMNS = tl.constexpr(8)
@@ -47,7 +48,10 @@ class Pool:
 
     @property
     def columns_inside(self) -> bool:
-        return self.pw == 0 and (self.out_columns - 1) * self.sw + (self.kw - 1) * self.dw < self.columns
+        return (
+            self.pw == 0
+            and (self.out_columns - 1) * self.sw + (self.kw - 1) * self.dw < self.columns
+        )
 
     @property
     def windows_down(self) -> int:
@@ -60,12 +64,20 @@ class Pool:
 
     @property
     def by_blocks(self) -> bool:
-        """Whether a lane of backward owns sh x sw pixels, whose taps in each window are then constants."""
-        return self.dh == self.dw == 1 and self.sh * self.sw <= 4 and self.windows_down * self.windows_across <= 9
+        """Whether a lane of backward owns sh x sw pixels, whose taps in each window are then
+        constants.
+        """
+        return (
+            self.dh == self.dw == 1
+            and self.sh * self.sw <= 4
+            and self.windows_down * self.windows_across <= 9
+        )
 
     @property
     def block_rows(self) -> int:
-        """Rows of lanes backward needs: blocks of sh pixels, the first of which starts ph above the image."""
+        """Rows of lanes backward needs: blocks of sh pixels, the first of which starts ph above the
+        image.
+        """
         return -(-(self.rows + self.ph) // self.sh) if self.by_blocks else self.rows
 
     @property
@@ -75,7 +87,9 @@ class Pool:
 
 @triton.jit
 def better(new, best):
-    """Whether `new`, met after `best`, replaces it: the first of equals stays, a NaN beats all, as in torch."""
+    """Whether `new`, met after `best`, replaces it: the first of equals stays, a NaN beats all, as
+    in torch.
+    """
     return (new > best) | (new != new)
 
 
@@ -86,14 +100,17 @@ def first_tap(start, DILATION: tl.constexpr):
 
 
 @triton.jit
-def window_value(x, at, c, ok, DTYPE: tl.constexpr, NORM: tl.constexpr, STEP: tl.constexpr, VEC: tl.constexpr):
-    """[P, VEC] of x, or of LRN(x) rounded to DTYPE as the unfused LRN would store it; -inf where not ok."""
+def window_value(
+    x, at, c, ok, DTYPE: tl.constexpr, NORM: tl.constexpr, STEP: tl.constexpr, VEC: tl.constexpr
+):
+    """[P, VEC] of x, or of LRN(x) rounded to DTYPE as the unfused LRN would store it; -inf where
+    not ok.
+    """
     if NORM is None:
         columns = tl.arange(0, VEC)[None, :] * STEP
         return widen(tl.load(x + at[:, None] + columns, mask=ok[:, None], other=float("-inf")))
-    else:
-        value = widen(narrow(normalised(x, at, c, ok, NORM, STEP, VEC), DTYPE))
-        return tl.where(ok[:, None], value, float("-inf"))
+    value = widen(narrow(normalised(x, at, c, ok, NORM, STEP, VEC), DTYPE))
+    return tl.where(ok[:, None], value, float("-inf"))
 
 
 @triton.jit
@@ -102,13 +119,23 @@ def choose(best, where, value, tap, SAVE: tl.constexpr):
     if SAVE:
         wins = better(value, best)
         return tl.where(wins, value, best), tl.where(wins, tap, where)
-    else:
-        return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), where
+    return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), where
 
 
 @triton.jit
-def row_max(x, at, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr,
-            SAVE: tl.constexpr, VEC: tl.constexpr):
+def row_max(
+    x,
+    at,
+    w0,
+    c,
+    ok,
+    DTYPE: tl.constexpr,
+    POOL: tl.constexpr,
+    NORM: tl.constexpr,
+    S: tl.constexpr,
+    SAVE: tl.constexpr,
+    VEC: tl.constexpr,
+):
     """The maximum [P, VEC] of one row of a window from column w0, and its tap in that row."""
     best = tl.full((at.shape[0], VEC), float("-inf"), tl.float32)
     where = first_tap(w0, POOL.dw)[:, None] + tl.zeros((1, VEC), tl.int32)
@@ -118,19 +145,35 @@ def row_max(x, at, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NORM: tl.
             live = ok
             if not POOL.columns_inside:
                 live = ok & (w0 + kw * POOL.dw >= 0) & (w0 + kw * POOL.dw < POOL.columns)
-            value = window_value(x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC)
+            value = window_value(
+                x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC
+            )
             best, where = choose(best, where, value, kw, SAVE)
     else:
         for kw in range(KW):
             live = ok & (w0 + kw * POOL.dw >= 0) & (w0 + kw * POOL.dw < POOL.columns)
-            value = window_value(x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC)
+            value = window_value(
+                x, at + kw * POOL.dw * S.column, c, live, DTYPE, NORM, S.channel, VEC
+            )
             best, where = choose(best, where, value, kw, SAVE)
     return best, where
 
 
 @triton.jit
-def window_row(x, at, h, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, S: tl.constexpr,
-               SAVE: tl.constexpr, VEC: tl.constexpr):
+def window_row(
+    x,
+    at,
+    h,
+    w0,
+    c,
+    ok,
+    DTYPE: tl.constexpr,
+    POOL: tl.constexpr,
+    NORM: tl.constexpr,
+    S: tl.constexpr,
+    SAVE: tl.constexpr,
+    VEC: tl.constexpr,
+):
     """row_max of input row h, `at` being where row 0 of the image has the window's first column."""
     live = ok
     if not POOL.rows_inside:
@@ -142,16 +185,31 @@ def window_row(x, at, h, w0, c, ok, DTYPE: tl.constexpr, POOL: tl.constexpr, NOR
 
 
 @triton.jit(do_not_specialize=["lanes"])
-def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.constexpr, POOL: tl.constexpr,
-                 NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
-                 VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y [N, CHANNELS, out_rows, out_columns] and, where SAVE, each winner's tap kh * KW + kw, strided as y.
+def pool_forward(
+    x,
+    y,
+    offsets,
+    lanes,
+    XS: tl.constexpr,
+    YS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POOL: tl.constexpr,
+    NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SAVE: tl.constexpr,
+    WIDE: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y [N, CHANNELS, out_rows, out_columns] and, where SAVE, each winner's tap kh * KW + kw,
+    strided as y.
 
     lanes = N * out_columns * CHANNELS / VEC; program_id(1) picks ROWS output rows.
     """
     lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     ok = lane < lanes
-    image, run, zero, ow = locate(lane, CHANNELS // VEC, 1, POOL.out_columns, CHANNELS_LAST)
+    image, run, _, ow = locate(lane, CHANNELS // VEC, 1, POOL.out_columns, CHANNELS_LAST)
     channel = run * VEC
     c = 0
     if NORM is not None:
@@ -165,12 +223,20 @@ def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANN
     KH: tl.constexpr = POOL.kh
     kept = ()
     for i in tl.static_range(SHARED):
-        kept = kept + (window_row(x, at, oh * POOL.sh - POOL.ph + i, w0, c, ok, dtype, POOL, NORM, XS, SAVE, VEC),)
+        kept = kept + (
+            window_row(
+                x, at, oh * POOL.sh - POOL.ph + i, w0, c, ok, dtype, POOL, NORM, XS, SAVE, VEC
+            ),
+        )
     for step in range(ROWS):
         live = ok & (oh < POOL.out_rows)
         h0 = oh * POOL.sh - POOL.ph
         best = tl.full((BLOCK, VEC), float("-inf"), tl.float32)
-        where = first_tap(h0, POOL.dh) * POOL.kw + first_tap(w0, POOL.dw)[:, None] + tl.zeros((1, VEC), tl.int32)
+        where = (
+            first_tap(h0, POOL.dh) * POOL.kw
+            + first_tap(w0, POOL.dw)[:, None]
+            + tl.zeros((1, VEC), tl.int32)
+        )
         if POOL.kh <= ROW_BY_ROW:
             rows = kept
             for i in tl.static_range(SHARED, KH):
@@ -191,105 +257,3 @@ def pool_forward(x, y, offsets, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANN
         if SAVE:
             store_tile(offsets, place, where, live, YS.channel)
         oh += 1
-
-
-@triton.jit
-def add_winners(total, grads, taps, TAP):
-    """total + the gradients of the windows whose winner is TAP."""
-    added = ()
-    for i in tl.static_range(len(grads)):
-        added = added + (total[i] + tl.where(taps[i] == TAP, grads[i], 0.0),)
-    return added
-
-
-@triton.jit
-def window_span(g, offsets, at, at_offset, oh, ow, c, ok, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-                GROUP: tl.constexpr, GS: tl.constexpr, OS: tl.constexpr, POOL: tl.constexpr, VEC: tl.constexpr):
-    """The gradients and winners' taps of window (oh, ow), over a span of channels; zero where there is none."""
-    live = ok & (oh >= 0) & (oh < POOL.out_rows) & (ow >= 0) & (ow < POOL.out_columns)
-    at += oh * GS.row + ow * GS.column
-    at_offset += oh * OS.row + ow * OS.column
-    if GS.channel == 1:
-        at = tl.multiple_of(at, VEC)
-        at_offset = tl.multiple_of(at_offset, VEC)
-    grads = load_span(g, at, c, live, BEFORE, AFTER, GROUP, GS.channel, VEC)
-    taps = load_span(offsets, at_offset, c, live, BEFORE, AFTER, GROUP, OS.channel, VEC)
-    return grads, taps
-
-
-@triton.jit
-def write_gradient(grads, x, gx, at_x, at_gx, c, ok, XS: tl.constexpr, DS: tl.constexpr, NORM: tl.constexpr,
-                   RELU: tl.constexpr, VEC: tl.constexpr):
-    """Stores a pixel's gradient, sent back through LRN where there is one."""
-    if DS.channel == 1:
-        at_gx = tl.multiple_of(at_gx, VEC)
-        at_x = tl.multiple_of(at_x, VEC)
-    if NORM is None:
-        store_tile(gx, at_gx, pack(grads), ok, DS.channel)
-    else:
-        REACH: tl.constexpr = NORM.left + NORM.right
-        v = load_span(x, at_x, c, ok, REACH, REACH, NORM.group, XS.channel, VEC)
-        store_tile(gx, at_gx, input_gradient(v, grads, c, NORM, VEC, RELU), ok, DS.channel)
-
-
-@triton.jit(do_not_specialize=["lanes"])
-def pool_backward(g, offsets, x, gx, lanes, GS: tl.constexpr, OS: tl.constexpr, XS: tl.constexpr, DS: tl.constexpr,
-                  CHANNELS: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr,
-                  CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """gx [N, CHANNELS, rows, columns] from g and the taps [N, CHANNELS, out_rows, out_columns]; x only with NORM.
-
-    lanes = N * block_rows * block_columns * CHANNELS / VEC. By blocks, a lane owns sh x sw pixels: 3x3/2 then looks
-    at 9 window-pixel pairs for 4 pixels and loads each of its 4 windows once.
-    """
-    lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    ok = lane < lanes
-    image, run, bh, bw = locate(lane, CHANNELS // VEC, POOL.block_rows, POOL.block_columns, CHANNELS_LAST)
-    channel = run * VEC
-    BEFORE: tl.constexpr = 0 if NORM is None else NORM.right
-    AFTER: tl.constexpr = 0 if NORM is None else NORM.left
-    GROUP: tl.constexpr = CHANNELS if NORM is None else NORM.group
-    c = channel % GROUP
-    at = image * GS.image + channel * GS.channel
-    at_offset = image * OS.image + channel * OS.channel
-    at_x = image * XS.image + channel * XS.channel
-    at_gx = image * DS.image + channel * DS.channel
-    DOWN: tl.constexpr = POOL.windows_down
-    ACROSS: tl.constexpr = POOL.windows_across
-    SH: tl.constexpr = POOL.sh
-    SW: tl.constexpr = POOL.sw
-    if POOL.by_blocks:
-        windows = ()
-        for a in tl.static_range(DOWN):
-            for b in tl.static_range(ACROSS):
-                windows = windows + (window_span(g, offsets, at, at_offset, bh - a, bw - b, c, ok, BEFORE, AFTER,
-                                                 GROUP, GS, OS, POOL, VEC),)
-        for i in tl.static_range(SH):
-            for j in tl.static_range(SW):
-                h = bh * SH + (i - POOL.ph)
-                w = bw * SW + (j - POOL.pw)
-                live = ok & (h >= 0) & (h < POOL.rows) & (w >= 0) & (w < POOL.columns)
-                total = [tl.zeros((BLOCK,), tl.float32) for value in windows[0][0]]
-                for a in tl.static_range(DOWN):
-                    for b in tl.static_range(ACROSS):
-                        if i + a * SH < POOL.kh and j + b * SW < POOL.kw:
-                            grads, taps = windows[a * ACROSS + b]
-                            total = add_winners(total, grads, taps, (i + a * SH) * POOL.kw + j + b * SW)
-                write_gradient(total, x, gx, at_x + h * XS.row + w * XS.column, at_gx + h * DS.row + w * DS.column,
-                               c, live, XS, DS, NORM, RELU, VEC)
-    else:
-        total = ()
-        for i in tl.static_range(BEFORE + VEC + AFTER):
-            total = total + (tl.zeros((BLOCK,), tl.float32),)
-        for window in range(DOWN * ACROSS):
-            oh = (bh + POOL.ph) // SH - window // ACROSS
-            ow = (bw + POOL.pw) // SW - window % ACROSS
-            down = bh + POOL.ph - oh * SH
-            across = bw + POOL.pw - ow * SW
-            covers = (down % POOL.dh == 0) & (across % POOL.dw == 0)
-            covers = covers & (down < POOL.kh * POOL.dh) & (across < POOL.kw * POOL.dw)
-            tap = down // POOL.dh * POOL.kw + across // POOL.dw
-            grads, taps = window_span(g, offsets, at, at_offset, oh, ow, c, ok & covers, BEFORE, AFTER, GROUP, GS, OS,
-                                      POOL, VEC)
-            total = add_winners(total, grads, taps, tap)
-        write_gradient(total, x, gx, at_x + bh * XS.row + bw * XS.column, at_gx + bh * DS.row + bw * DS.column, c, ok,
-                       XS, DS, NORM, RELU, VEC)

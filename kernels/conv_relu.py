@@ -1,20 +1,20 @@
 """y = relu(conv2d(x, w) + b) as an implicit matrix product on tensor cores, forward.
 
-    M = N * OH * OW output pixels,   N = output channels of one group,   K = R * S * C/groups products
+    M = N * OH * OW output pixels,  N = output channels of one group,  K = R * S * C/groups
 
-x is never unfolded: a tile's pixels are gathered from x in the main loop. Four ways to walk K, and the
-products they waste on the two-tower AlexNet:
+x is never unfolded: a tile's pixels are gathered from x in the main loop. Four ways to walk K, and
+the products they waste on the two-tower AlexNet:
 
-    "taps"    one kernel tap at a time, BK channels of it: scalar tap, 1-D masks   conv3, conv4, conv5   0 %
-    "flat"    blocks of BK run on across the taps                                  conv2                 1.3 %
-    "rows"    whole kernel rows of S*C neighbouring values, BK at a time, then     conv1                 1.4 %
-              what is left of all rows together in one block: for few channels
-    "planes"  "flat" with K ordered c, r, s, as an NCHW weight is                  any NCHW input        < 6 %
+    "taps"    one kernel tap at a time, BK channels of it, 1-D masks      conv3, 4, 5   0 %
+    "flat"    blocks of BK run on across the taps                         conv2         1.3 %
+    "rows"    whole kernel rows of S*C neighbouring values, BK at a       conv1         1.4 %
+              time, then what is left of all rows together in one block
+    "planes"  "flat" with K ordered c, r, s, as an NCHW weight is         any NCHW      < 6 %
 
-A tile has BN + BN2 output channels, BN2 = 0 or a smaller power of two: 96 = 64 + 32 wastes nothing. A program reads
-BM * K values of x (K * BM / (R*S*C) of them again where windows overlap, from L2), K * (BN + BN2) of w, and writes
-BM * (BN + BN2) of y once: bias and ReLU happen in its registers. With SPLIT > 1 it writes a float32 part instead, and
-finish_parts adds the parts in order.
+A tile has BN + BN2 output channels, BN2 = 0 or a smaller power of two: 96 = 64 + 32 wastes nothing.
+A program reads BM * K values of x (K * BM / (R*S*C) of them again where windows overlap, from L2),
+K * (BN + BN2) of w, and writes BM * (BN + BN2) of y once: bias and ReLU happen in its registers.
+With SPLIT > 1 it writes a float32 part instead, and finish_parts adds the parts in order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._common import mma, narrow, program_index, widen
-from ._configs import ConvTile, conv_tile
+from ._configs import ConvTile, conv_tile, conv_tiles
 from ._conv import Conv, float32_precision, forward_scheme, geometry, refuse_conv
 from ._refuse import first, refuse_four_axes, refuse_tensors
+from ._tune import remembered
 
 
 @triton.jit
 def scattered_pixels(pixel, ih0, iw0, ok, r, s, c, XS: tl.constexpr, CONV: tl.constexpr):
-    """[BM, BK] of x at taps r, s and channels c [BK], from each output's first tap; zero outside the image."""
+    """[BM, BK] of x at taps r, s and channels c [BK], from each output's first tap; zero outside
+    the image.
+    """
     live = ok
     if not CONV.inside:
         ih = ih0[:, None] + (r * CONV.dh)[None, :]
@@ -44,8 +47,18 @@ def scattered_pixels(pixel, ih0, iw0, ok, r, s, c, XS: tl.constexpr, CONV: tl.co
 
 
 @triton.jit
-def pixels(x, pixel, ih0, iw0, m_ok, step, XS: tl.constexpr, CONV: tl.constexpr, SCHEME: tl.constexpr,
-           BK: tl.constexpr):
+def pixels(
+    x,
+    pixel,
+    ih0,
+    iw0,
+    m_ok,
+    step,
+    XS: tl.constexpr,
+    CONV: tl.constexpr,
+    SCHEME: tl.constexpr,
+    BK: tl.constexpr,
+):
     """[BM, BK] of x that block `step` of K multiplies."""
     k = tl.arange(0, BK)
     S: tl.constexpr = CONV.s
@@ -61,7 +74,7 @@ def pixels(x, pixel, ih0, iw0, m_ok, step, XS: tl.constexpr, CONV: tl.constexpr,
             live = m_ok & (ih >= 0) & (ih < CONV.rows) & (iw >= 0) & (iw < CONV.columns)
         at = r * (CONV.dh * XS.row) + s * (CONV.dw * XS.column) + step % BLOCKS * BK
         return tl.load((pixel + at)[:, None] + k[None, :], mask=live[:, None], other=0.0)
-    elif SCHEME == "rows":
+    if SCHEME == "rows":
         BODY_BLOCKS: tl.constexpr = S * INPUTS // BK
         r = step // BODY_BLOCKS
         j = step % BODY_BLOCKS * BK + k
@@ -69,20 +82,23 @@ def pixels(x, pixel, ih0, iw0, m_ok, step, XS: tl.constexpr, CONV: tl.constexpr,
         if not CONV.inside:
             ih = ih0 + r * CONV.dh
             run = (iw0 * INPUTS)[:, None] + j[None, :]
-            live = (m_ok & (ih >= 0) & (ih < CONV.rows))[:, None] & (run >= 0) & (run < CONV.columns * INPUTS)
+            live = (
+                (m_ok & (ih >= 0) & (ih < CONV.rows))[:, None]
+                & (run >= 0)
+                & (run < CONV.columns * INPUTS)
+            )
         return tl.load((pixel + r * (CONV.dh * XS.row))[:, None] + j[None, :], mask=live, other=0.0)
+    kk = step * BK + k
+    ok = m_ok[:, None]
+    if CONV.products % BK != 0:
+        ok = ok & (kk < CONV.products)[None, :]
+    if SCHEME == "flat":
+        tap = kk // INPUTS
+        c = kk % INPUTS
     else:
-        kk = step * BK + k
-        ok = m_ok[:, None]
-        if CONV.products % BK != 0:
-            ok = ok & (kk < CONV.products)[None, :]
-        if SCHEME == "flat":
-            tap = kk // INPUTS
-            c = kk % INPUTS
-        else:
-            tap = kk % (CONV.r * S)
-            c = kk // (CONV.r * S)
-        return scattered_pixels(pixel, ih0, iw0, ok, tap // S, tap % S, c, XS, CONV)
+        tap = kk % (CONV.r * S)
+        c = kk // (CONV.r * S)
+    return scattered_pixels(pixel, ih0, iw0, ok, tap // S, tap % S, c, XS, CONV)
 
 
 @triton.jit
@@ -95,18 +111,31 @@ def weights(w, n, n_end, kk, PITCH: tl.constexpr, LENGTH: tl.constexpr, BK: tl.c
 
 
 @triton.jit
-def finish(acc, b, y, part, m, n, m_end, n_end, CONV: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-           HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr):
+def finish(
+    acc,
+    b,
+    y,
+    part,
+    m,
+    n,
+    m_end,
+    n_end,
+    CONV: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Adds the bias, clamps and stores a tile of y; or stores a float32 part as it is."""
-    O: tl.constexpr = CONV.groups * CONV.outputs
     ok = (m < m_end)[:, None] & (n < n_end)[None, :]
     m = m.to(tl.int64)
     if CHANNELS_LAST:
-        at = (m * O)[:, None] + n[None, :]
+        at = (m * CONV.out_channels)[:, None] + n[None, :]
     else:
-        at = (m // CONV.out_pixels * (O * CONV.out_pixels) + m % CONV.out_pixels)[:, None] + (n * CONV.out_pixels)[None, :]
+        at = (m // CONV.out_pixels * (CONV.out_channels * CONV.out_pixels) + m % CONV.out_pixels)[
+            :, None
+        ] + (n * CONV.out_pixels)[None, :]
     if SPLIT > 1:
-        tl.store(y + part * (m_end.to(tl.int64) * O) + at, acc, mask=ok)
+        tl.store(y + part * (m_end.to(tl.int64) * CONV.out_channels) + at, acc, mask=ok)
     else:
         if HAS_BIAS:
             acc += widen(tl.load(b + n, mask=n < n_end, other=0.0))[None, :]
@@ -115,11 +144,29 @@ def finish(acc, b, y, part, m, n, m_end, n_end, CONV: tl.constexpr, CHANNELS_LAS
 
 
 @triton.jit(do_not_specialize=["batch"])
-def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, PITCH: tl.constexpr,
-                      SCHEME: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
-                      PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr, BN2: tl.constexpr, BK: tl.constexpr):
-    """x [N, C, H, W] by strides XS, w [O, PITCH] in SCHEME's order, y [N, O, OH, OW] or its SPLIT float32 parts."""
+def conv_relu_forward(
+    x,
+    w,
+    b,
+    y,
+    batch,
+    XS: tl.constexpr,
+    CONV: tl.constexpr,
+    PITCH: tl.constexpr,
+    SCHEME: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BN2: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """x [N, C, H, W] by strides XS, w [O, PITCH] in SCHEME's order, y [N, O, OH, OW] or its SPLIT
+    float32 parts.
+    """
     N_TILES: tl.constexpr = (CONV.outputs + BN + BN2 - 1) // (BN + BN2)
     pid = program_index(0, WIDE)
     part = tl.program_id(1)
@@ -141,9 +188,13 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
     ih0 = m // CONV.out_columns % CONV.out_rows * CONV.sh - CONV.ph
     iw0 = m % CONV.out_columns * CONV.sw - CONV.pw
     image = (m // CONV.out_pixels).to(tl.int64)
-    pixel = x + image * XS.image + (ih0 * XS.row + iw0 * XS.column) + group * (CONV.inputs * XS.channel)
+    pixel = (
+        x + image * XS.image + (ih0 * XS.row + iw0 * XS.column) + group * (CONV.inputs * XS.channel)
+    )
     k = tl.arange(0, BK)
-    BODY: tl.constexpr = CONV.r * (CONV.s * CONV.inputs // BK * BK) if SCHEME == "rows" else CONV.products
+    BODY: tl.constexpr = (
+        CONV.r * (CONV.s * CONV.inputs // BK * BK) if SCHEME == "rows" else CONV.products
+    )
     STEPS: tl.constexpr = (BODY + BK - 1) // BK
     SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     begin = part * SHARE
@@ -162,7 +213,9 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
         t = tl.arange(0, TAIL)
         j = BODY // CONV.r + t % REST
         ok = m_ok[:, None] & (t < CONV.r * REST)[None, :]
-        a = scattered_pixels(pixel, ih0, iw0, ok, t // REST, j // CONV.inputs, j % CONV.inputs, XS, CONV)
+        a = scattered_pixels(
+            pixel, ih0, iw0, ok, t // REST, j // CONV.inputs, j % CONV.inputs, XS, CONV
+        )
         acc = mma(a, weights(w, n, n_end, BODY + t, PITCH, PITCH, TAIL), acc, PRECISION)
         if BN2 > 0:
             acc2 = mma(a, weights(w, n2, n_end, BODY + t, PITCH, PITCH, TAIL), acc2, PRECISION)
@@ -172,8 +225,18 @@ def conv_relu_forward(x, w, b, y, batch, XS: tl.constexpr, CONV: tl.constexpr, P
 
 
 @triton.jit(do_not_specialize=["length"])
-def finish_parts(parts, b, y, length, CONV: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def finish_parts(
+    parts,
+    b,
+    y,
+    length,
+    CONV: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = relu(sum of parts [SPLIT, length] + b), in order: 4 * SPLIT bytes read an output."""
     at = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     ok = at < length
@@ -181,17 +244,28 @@ def finish_parts(parts, b, y, length, CONV: tl.constexpr, CHANNELS_LAST: tl.cons
     for i in range(SPLIT):
         total += tl.load(parts + i * length.to(tl.int64) + at, mask=ok, other=0.0)
     if HAS_BIAS:
-        O: tl.constexpr = CONV.groups * CONV.outputs
-        channel = at % O if CHANNELS_LAST else at // CONV.out_pixels % O
+        channel = at if CHANNELS_LAST else at // CONV.out_pixels
+        channel = channel % CONV.out_channels
         total += widen(tl.load(b + channel, mask=ok, other=0.0))
     total = tl.where(total < 0, 0.0, total)
     tl.store(y + at, narrow(total, y.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["length"])
-def pack_weights(w, packed, length, WS: tl.constexpr, CONV: tl.constexpr, PITCH: tl.constexpr, BODY: tl.constexpr,
-                 SCHEME: tl.constexpr, BLOCK: tl.constexpr):
-    """packed [O, PITCH] from w [O, C/groups, R, S] by strides WS, in the order SCHEME walks K; zero beyond the last."""
+def pack_weights(
+    w,
+    packed,
+    length,
+    WS: tl.constexpr,
+    CONV: tl.constexpr,
+    PITCH: tl.constexpr,
+    BODY: tl.constexpr,
+    SCHEME: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """packed [O, PITCH] from w [O, C/groups, R, S] by strides WS, in the order SCHEME walks K; zero
+    beyond the last.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = at % PITCH
     if SCHEME == "rows":
@@ -210,16 +284,22 @@ def pack_weights(w, packed, length, WS: tl.constexpr, CONV: tl.constexpr, PITCH:
         s = k // CONV.inputs % CONV.s
         c = k % CONV.inputs
     ok = (at < length) & (r < CONV.r)
-    value = tl.load(w + at // PITCH * WS.image + c * WS.channel + r * WS.row + s * WS.column, mask=ok, other=0.0)
+    value = tl.load(
+        w + at // PITCH * WS.image + c * WS.channel + r * WS.row + s * WS.column, mask=ok, other=0.0
+    )
     tl.store(packed + at, value, mask=at < length)
 
 
 def weight_matrix(w: Tensor, conv: Conv, scheme: str, bk: int) -> tuple[Tensor, int]:
-    """(w as [O, pitch] in the scheme's order, pitch): w itself where it already is, else packed by one launch."""
+    """(w as [O, pitch] in the scheme's order, pitch): w itself where it already is, else packed by
+    one launch.
+    """
     pitch = body = conv.products
     if scheme == "rows":
         body = conv.r * (conv.s * conv.inputs // bk * bk)
-        pitch = body + (triton.next_power_of_2(max(conv.products - body, 16)) if conv.products > body else 0)
+        pitch = body + (
+            triton.next_power_of_2(max(conv.products - body, 16)) if conv.products > body else 0
+        )
     elif w.is_contiguous(memory_format=layout.memory_format(scheme != "planes")):
         return w, pitch
     packed = torch.empty((w.shape[0], pitch), dtype=w.dtype, device=w.device)
@@ -240,11 +320,31 @@ def refuse_conv_relu(
     )
 
 
+def tiles(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
+) -> list[ConvTile]:
+    """Every tile conv_relu can choose from for this call, the one it takes untuned first."""
+    x = layout.readable(input)
+    conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
+    scheme = forward_scheme(conv, layout.strides(x), x.element_size())
+    return conv_tiles(conv, scheme, x.shape[0], x.dtype, float32_precision())
+
+
 def conv_relu(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
-    *, tile: ConvTile | None = None, precision: str | None = None,
-) -> Tensor:  # fmt: skip
-    """relu(conv2d(input, weight) + bias); precision ("tf32", "ieee") of float32, by default what torch is set to."""
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    *,
+    tile: ConvTile | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """relu(conv2d(input, weight) + bias); precision ("tf32", "ieee") of float32, by default what
+    torch is set to.
+    """
     x = layout.readable(input)
     last = layout.is_channels_last(x)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
@@ -253,16 +353,42 @@ def conv_relu(
         return y
     precision = precision or float32_precision()
     scheme = forward_scheme(conv, layout.strides(x), x.element_size())
+    if tile is None and precision != "ieee":
+        tile = remembered(
+            "conv_relu", "tile", (input, weight, bias, stride, padding, dilation, groups)
+        )
     tile = tile or conv_tile(conv, scheme, x.shape[0], x.dtype, precision)
     w, pitch = weight_matrix(weight, conv, scheme, tile.k)
     columns = triton.cdiv(conv.outputs, tile.n + tile.n2) * groups
     grid = (triton.cdiv(x.shape[0] * conv.out_pixels, tile.m) * columns, tile.split)
-    out = y if tile.split == 1 else torch.empty((tile.split, y.numel()), dtype=torch.float32, device=y.device)
+    out = (
+        y
+        if tile.split == 1
+        else torch.empty((tile.split, y.numel()), dtype=torch.float32, device=y.device)
+    )
     wide = layout.needs_wide(x, y)
     conv_relu_forward[grid](
-        x, w, bias, out, x.shape[0], layout.strides(x), conv, pitch, scheme, last, bias is not None, precision, wide,
-        tile.split, tile.m, tile.n, tile.n2, tile.k, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        x,
+        w,
+        bias,
+        out,
+        x.shape[0],
+        layout.strides(x),
+        conv,
+        pitch,
+        scheme,
+        last,
+        bias is not None,
+        precision,
+        wide,
+        tile.split,
+        tile.m,
+        tile.n,
+        tile.n2,
+        tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     if tile.split > 1:
         block = 1024
         finish_parts[(triton.cdiv(y.numel(), block),)](

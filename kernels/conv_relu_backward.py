@@ -1,307 +1,128 @@
 """Gradients of y = relu(conv2d(x, w) + b), as implicit matrix products on tensor cores.
 
-    dz                = g where y > 0 or y is NaN, else 0                              mask_gradient, one pass
-    gx[pixel, c]      = sum over taps, o   dz[(pixel + P - D (r, s)) / S, o] w[o, c, r, s]     conv_input_gradient
-    gw[o, (r, s, c)]  = sum over pixels    dz[pixel, o] x[S pixel - P + D (r, s), c]           conv_weight_gradient
-    gb[o]             = sum over pixels    dz[pixel, o]                                        in the same pass
+    dz                = g where y > 0 or y is NaN, else 0
+    gx[pixel, c]      = sum over taps, o   dz[(pixel + P - D (r, s)) / S, o] w[o, c, r, s]
+    gw[o, (r, s, c)]  = sum over pixels    dz[pixel, o] x[S pixel - P + D (r, s), c]
+    gb[o]             = sum over pixels    dz[pixel, o]                  in the same pass
 
-Masking inside the products would copy y beside g in every tile (40 to 73 % more copies), so dz is made once: by
-whoever makes g where that is one of these kernels (mask_grad_input here, relu of lrn_max_pool_backward), else in one
-pass of its own. A stride is taken by phases: the input pixels of one phase see the same kernel taps, and are a
-convolution of stride 1. The weight gradient's pixels are split in parts that the shape alone decides, each a float32
-sum of its own that sum_parts adds in order: the same bits every run.
+Masking inside the products would copy y beside g in every tile (40 to 73 % more copies), so dz is
+made once: by whoever makes g where that is one of these kernels (mask_grad_input here, relu of
+lrn_max_pool_backward), else in one pass of its own. A stride is taken by phases: the input pixels
+of one phase see the same kernel taps, and are a convolution of stride 1. The weight gradient's
+pixels are split in parts that the shape alone decides, each a float32 sum of its own that sum_parts
+adds in order: the same bits every run.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _layout as layout
-from ._common import mma, narrow, program_index, widen
-from ._configs import ConvTile, architecture, input_gradient_tile, weight_gradient_tile
+from ._configs import (
+    ConvTile,
+    architecture,
+    input_gradient_tile,
+    input_gradient_tiles,
+    weight_gradient_tile,
+    weight_gradient_tiles,
+)
 from ._conv import Conv, float32_precision, geometry, refuse_conv
+from ._conv_gradients import conv_input_gradient, conv_weight_gradient, mask_gradient, sum_parts
 from ._refuse import first, refuse_four_axes, refuse_tensors
+from ._tune import remembered
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["length"])
-def mask_gradient(g, y, dz, length, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """dz = g where y > 0 or y is NaN: three tensors' bytes."""
-    at = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < length
-    value = tl.where(widen(tl.load(y + at, mask=ok, other=0.0)) <= 0, 0.0, widen(tl.load(g + at, mask=ok, other=0.0)))
-    tl.store(dz + at, narrow(value, dz.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def first_tap(phase, PADDING: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
-              STEP: tl.constexpr):
-    """The first kernel tap that reaches the input pixels of this phase, or TAPS where none does."""
-    first = phase * 0 + TAPS
-    for i in tl.static_range(min(STEP, TAPS)):
-        tap = min(STEP, TAPS) - 1 - i
-        first = tl.where((phase + PADDING - tap * DILATION) % STRIDE == 0, tap, first)
-    return first
-
-
-@triton.jit
-def weights(w, o, c, CONV: tl.constexpr, WS: tl.constexpr, BK: tl.constexpr):
-    """[BK, BN] of one tap's w, at output channels o and input channels c of a group."""
-    ok = (c < CONV.inputs)[None, :]
-    if CONV.outputs % BK != 0:
-        ok = ok & (o < CONV.outputs)[:, None]
-    return tl.load(w + (o * WS.image)[:, None] + (c * WS.channel)[None, :], mask=ok, other=0.0)
-
-
-@triton.jit
-def store_gradient(acc, x, gx, image, h, v, c, group, m_ok, XS: tl.constexpr, DS: tl.constexpr, CONV: tl.constexpr,
-                   MASK: tl.constexpr):
-    """A [BM, BN] tile of gx. MASK: x is itself a ReLU's output, so the gradient stops where x <= 0."""
-    ok = m_ok[:, None] & (c < CONV.inputs)[None, :]
-    channel = group * CONV.inputs + c
-    if MASK:
-        at = (image * XS.image + h * XS.row + v * XS.column)[:, None] + (channel * XS.channel)[None, :]
-        acc = tl.where(widen(tl.load(x + at, mask=ok, other=0.0)) <= 0, 0.0, acc)
-    at = (image * DS.image + h * DS.row + v * DS.column)[:, None] + (channel * DS.channel)[None, :]
-    tl.store(gx + at, narrow(acc, gx.dtype.element_ty), mask=ok)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def conv_input_gradient(dz, w, x, gx, batch, ZS: tl.constexpr, WS: tl.constexpr, XS: tl.constexpr, DS: tl.constexpr,
-                        CONV: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-                        BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr, BK: tl.constexpr):
-    """gx [N, C, H, W] from dz [N, O, OH, OW] and w [O, C/groups, R, S]; program_id(1) is the phase.
-
-    M = N * ceil(H/SH) * ceil(W/SW) pixels of the phase, N = input channels of one group, K = its taps x O/groups.
-    """
-    INPUTS: tl.constexpr = CONV.inputs
-    OUTPUTS: tl.constexpr = CONV.outputs
-    SH: tl.constexpr = CONV.sh
-    SW: tl.constexpr = CONV.sw
-    HQ: tl.constexpr = (CONV.rows + SH - 1) // SH
-    WQ: tl.constexpr = (CONV.columns + SW - 1) // SW
-    N_TILES: tl.constexpr = (INPUTS + BN + BN2 - 1) // (BN + BN2)
-    pid = program_index(0, WIDE)
-    column = pid % (CONV.groups * N_TILES)
-    group = column // N_TILES if CONV.groups > 1 else 0
-    m = pid // (CONV.groups * N_TILES) * BM + tl.arange(0, BM)
-    c = column % N_TILES * (BN + BN2) + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    c2 = c
-    acc2 = acc
-    if BN2 > 0:
-        c2 = column % N_TILES * (BN + BN2) + BN + tl.arange(0, BN2)
-        acc2 = tl.zeros((BM, BN2), dtype=tl.float32)
-    if SH * SW == 1:
-        down = 0
-        across = 0
-        r0 = 0
-        s0 = 0
-        taps_across = CONV.s
-        taps = CONV.r * CONV.s
-    else:
-        down = tl.program_id(1) // SW
-        across = tl.program_id(1) % SW
-        ROW_STEP: tl.constexpr = CONV.row_step
-        COLUMN_STEP: tl.constexpr = CONV.column_step
-        R: tl.constexpr = CONV.r
-        S: tl.constexpr = CONV.s
-        r0 = first_tap(down, CONV.ph, SH, CONV.dh, R, ROW_STEP)
-        s0 = first_tap(across, CONV.pw, SW, CONV.dw, S, COLUMN_STEP)
-        taps_across = tl.maximum((S - s0 + COLUMN_STEP - 1) // COLUMN_STEP, 1)
-        taps = (R - r0 + ROW_STEP - 1) // ROW_STEP * tl.where(s0 < S, taps_across, 0)
-    h = m // WQ % HQ * SH + down
-    v = m % WQ * SW + across
-    if WIDE:
-        batch = batch.to(tl.int64)
-    m_ok = (m < batch * (HQ * WQ)) & (h < CONV.rows) & (v < CONV.columns)
-    image = (m // (HQ * WQ)).to(tl.int64)
-    oh0 = (h + CONV.ph - r0 * CONV.dh) // SH
-    ow0 = (v + CONV.pw - s0 * CONV.dw) // SW
-    source = dz + image * ZS.image + (oh0 * ZS.row + ow0 * ZS.column) + group * (OUTPUTS * ZS.channel)
-    k = tl.arange(0, BK)
-    BLOCKS: tl.constexpr = (OUTPUTS + BK - 1) // BK
-    for step in range(taps * BLOCKS):
-        a_r = step // BLOCKS // taps_across
-        a_s = step // BLOCKS % taps_across
-        o = step % BLOCKS * BK + k
-        oh = oh0 - a_r * (CONV.row_step * CONV.dh // SH)
-        ow = ow0 - a_s * (CONV.column_step * CONV.dw // SW)
-        live = m_ok & (oh >= 0) & (oh < CONV.out_rows) & (ow >= 0) & (ow < CONV.out_columns)
-        at = step % BLOCKS * (BK * ZS.channel)
-        at -= a_r * (CONV.row_step * CONV.dh // SH * ZS.row) + a_s * (CONV.column_step * CONV.dw // SW * ZS.column)
-        ok = live[:, None]
-        if OUTPUTS % BK != 0:
-            ok = ok & (o < OUTPUTS)[None, :]
-        a = tl.load((source + at)[:, None] + (k * ZS.channel)[None, :], mask=ok, other=0.0)
-        tap = w + (r0 + a_r * CONV.row_step) * WS.row + (s0 + a_s * CONV.column_step) * WS.column
-        tap += group * (OUTPUTS * WS.image)
-        acc = mma(a, weights(tap, o, c, CONV, WS, BK), acc, PRECISION)
-        if BN2 > 0:
-            acc2 = mma(a, weights(tap, o, c2, CONV, WS, BK), acc2, PRECISION)
-    store_gradient(acc, x, gx, image, h, v, c, group, m_ok, XS, DS, CONV, MASK)
-    if BN2 > 0:
-        store_gradient(acc2, x, gx, image, h, v, c2, group, m_ok, XS, DS, CONV, MASK)
-
-
-@triton.jit
-def store_part(acc, bias, part, o, o_ok, column, kept, tile_n, LENGTH: tl.constexpr, O: tl.constexpr):
-    """A [BO, BN] tile of a part, which is [O, LENGTH] weights and then O biases."""
-    tl.store(part + o[:, None] * LENGTH + column[None, :], acc, mask=o_ok[:, None] & kept[None, :])
-    if tile_n == 0:
-        tl.store(part + O * LENGTH + o, bias, mask=o_ok)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def conv_weight_gradient(dz, x, parts, batch, ZS: tl.constexpr, XS: tl.constexpr, CONV: tl.constexpr,
-                         RUN: tl.constexpr, READ_PAST: tl.constexpr, PLANES: tl.constexpr, O_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-                         WIDE: tl.constexpr, SPLIT: tl.constexpr, BO: tl.constexpr, BO2: tl.constexpr,
-                         BN: tl.constexpr, BP: tl.constexpr):
-    """parts [SPLIT, O * R*S*C/groups + O] from dz [N, O, OH, OW] and x [N, C, H, W].
-
-    The tile's products are ordered r, s, c, or c, r, s with PLANES. RUN > 0: whole kernel rows of S*C neighbouring
-    values lie RUN apart on the N axis; for C = 3 at 11 taps 36 keeps fours aligned, and the three columns too many,
-    read where READ_PAST says that x's rows are long enough, are never stored. O_FIRST: [BO, BN] tiles, the order in which sm_80 copies both operands asynchronously;
-    otherwise [BN, BO + BO2], where 96 = 64 + 32 wastes nothing.
-    """
-    O_TILES: tl.constexpr = (CONV.outputs + BO + BO2 - 1) // (BO + BO2)
-    O: tl.constexpr = CONV.groups * CONV.outputs
-    K: tl.constexpr = CONV.products
-    tile_n = tl.program_id(0)
-    group = tl.program_id(1) // O_TILES if CONV.groups > 1 else 0
-    part = tl.program_id(2)
-    o = tl.program_id(1) % O_TILES * (BO + BO2) + tl.arange(0, BO)
-    n = tile_n * BN + tl.arange(0, BN)
-    if RUN > 0:
-        r = n // RUN
-        j = n % RUN
-        s = j // CONV.inputs
-        column = r * (CONV.s * CONV.inputs) + j
-        kept = (r < CONV.r) & (j < CONV.s * CONV.inputs)
-        tap_at = r * (CONV.dh * XS.row) + j
-        read = r < CONV.r if READ_PAST else kept
-    else:
-        if PLANES:
-            tap = n % (CONV.r * CONV.s)
-            channel = n // (CONV.r * CONV.s)
-        else:  # one division by C and then by S: dividing a remainder again loses contiguity, and wide loads with it
-            tap = n // CONV.inputs
-            channel = n % CONV.inputs
-        r = tap // CONV.s
-        s = tap % CONV.s
-        column = n
-        kept = n < K
-        tap_at = r * (CONV.dh * XS.row) + s * (CONV.dw * XS.column) + (channel + group * CONV.inputs) * XS.channel
-        read = kept
-    if WIDE:
-        batch = batch.to(tl.int64)
-    total = batch * CONV.out_pixels
-    share = tl.cdiv(tl.cdiv(total, BP), SPLIT) * BP
-    begin = part * share
-    end = tl.minimum(begin + share, total)
-    acc = tl.zeros((BO, BN) if O_FIRST else (BN, BO), dtype=tl.float32)
-    bias = tl.zeros((BO,), dtype=tl.float32)
-    o2 = o
-    acc2 = acc
-    bias2 = bias
-    if BO2 > 0:
-        o2 = tl.program_id(1) % O_TILES * (BO + BO2) + BO + tl.arange(0, BO2)
-        acc2 = tl.zeros((BN, BO2), dtype=tl.float32)
-        bias2 = tl.zeros((BO2,), dtype=tl.float32)
-    for m0 in range(begin, end, BP):
-        m = m0 + tl.arange(0, BP)
-        m_ok = m < end
-        oh = m // CONV.out_columns % CONV.out_rows
-        ow = m % CONV.out_columns
-        image = (m // CONV.out_pixels).to(tl.int64)
-        dz_row = image * ZS.image + (oh * ZS.row + ow * ZS.column) + group * (CONV.outputs * ZS.channel)
-        g = tl.load(dz + dz_row[:, None] + (o * ZS.channel)[None, :], mask=m_ok[:, None] & (o < CONV.outputs)[None, :],
-                    other=0.0)
-        ih = oh * CONV.sh - CONV.ph
-        iw = ow * CONV.sw - CONV.pw
-        ok = m_ok[:, None] & read[None, :]
-        if not CONV.inside:
-            ok = ok & (ih[:, None] + (r * CONV.dh)[None, :] >= 0) & (ih[:, None] + (r * CONV.dh)[None, :] < CONV.rows)
-            ok = ok & (iw[:, None] + (s * CONV.dw)[None, :] >= 0) & (iw[:, None] + (s * CONV.dw)[None, :] < CONV.columns)
-        first = image * XS.image + (ih * XS.row + iw * XS.column)
-        v = tl.load(x + first[:, None] + tap_at[None, :], mask=ok, other=0.0)
-        acc = mma(tl.trans(g), v, acc, PRECISION) if O_FIRST else mma(tl.trans(v), g, acc, PRECISION)
-        if tile_n == 0:
-            bias += tl.sum(widen(g), 0)
-        if BO2 > 0:
-            g2 = tl.load(dz + dz_row[:, None] + (o2 * ZS.channel)[None, :],
-                         mask=m_ok[:, None] & (o2 < CONV.outputs)[None, :], other=0.0)
-            acc2 = mma(tl.trans(v), g2, acc2, PRECISION)
-            if tile_n == 0:
-                bias2 += tl.sum(widen(g2), 0)
-    parts += part.to(tl.int64) * (O * K + O)
-    o_ok = o < CONV.outputs
-    store_part(acc if O_FIRST else tl.trans(acc), bias, parts, group * CONV.outputs + o, o_ok, column, kept, tile_n, K, O)
-    if BO2 > 0:
-        o_ok = o2 < CONV.outputs
-        store_part(tl.trans(acc2), bias2, parts, group * CONV.outputs + o2, o_ok, column, kept, tile_n, K, O)
-
-
-@triton.jit
-def sum_parts(parts, gw, gb, WS: tl.constexpr, CONV: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr,
-              WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """gw [O, C/groups, R, S] by strides WS and gb [O]: the sums of parts in order, 4 * SPLIT bytes read a value."""
-    O: tl.constexpr = CONV.groups * CONV.outputs
-    K: tl.constexpr = CONV.products
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for i in range(SPLIT):
-        total += tl.load(parts + tl.cast(i, tl.int64) * (O * K + O) + at, mask=at < O * K + O, other=0.0)
-    if WEIGHT:
-        k = at % K
-        if PLANES:
-            place = k // (CONV.r * CONV.s) * WS.channel + k // CONV.s % CONV.r * WS.row + k % CONV.s * WS.column
-        else:
-            tap = k // CONV.inputs
-            place = k % CONV.inputs * WS.channel + tap // CONV.s * WS.row + tap % CONV.s * WS.column
-        tl.store(gw + at // K * WS.image + place, narrow(total, gw.dtype.element_ty), mask=at < O * K)
-    if BIAS:
-        tl.store(gb + at - O * K, narrow(total, gb.dtype.element_ty), mask=(at >= O * K) & (at < O * K + O))
-
-
 def refuse_conv_relu_backward(
-    grad: Tensor, output: Tensor, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int, output_mask
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
 ) -> str | None:
     reason = first(
         refuse_tensors(grad, output, input, weight),
         refuse_four_axes(input),
         refuse_conv(input, weight, None, stride, padding, dilation, groups),
     )
-    if reason is None and not grad.shape == output.shape:
-        reason = f"a gradient of {tuple(grad.shape)} doesn't belong to an output of {tuple(output.shape)}"
+    if reason is None and grad.shape != output.shape:
+        shapes = tuple(grad.shape), tuple(output.shape)
+        reason = f"a gradient of {shapes[0]} doesn't belong to an output of {shapes[1]}"
     return reason
 
 
+def tiles(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
+) -> dict[str, list[ConvTile]]:
+    """Of each option of conv_relu_backward, the tiles it can choose from, the one it takes untuned
+    first.
+    """
+    x = layout.readable(input)
+    conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
+    batch, precision = x.shape[0], float32_precision()
+    last = layout.is_channels_last(x)
+    return {
+        "input_tile": input_gradient_tiles(conv, last, batch, x.dtype, precision),
+        "weight_tile": weight_gradient_tiles(
+            conv, last, batch, x.dtype, precision, architecture(x.device)
+        ),
+    }
+
+
 def conv_relu_backward(
-    grad: Tensor, output: Tensor, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int, output_mask,
-    *, grad_is_masked: bool = False, mask_grad_input: bool = False, precision: str | None = None,
-    input_tile: ConvTile | None = None, weight_tile: ConvTile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
+    *,
+    grad_is_masked: bool = False,
+    mask_grad_input: bool = False,
+    precision: str | None = None,
+    input_tile: ConvTile | None = None,
+    weight_tile: ConvTile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_weight, grad_bias), each of size 0 where output_mask doesn't ask for it.
 
-    grad_is_masked: grad is zero wherever output is. mask_grad_input: input is itself a ReLU's output, and the
-    gradient wanted is that of the ReLU's input.
+    grad_is_masked: grad is zero wherever output is. mask_grad_input: input is itself a ReLU's
+    output, and the gradient wanted is that of the ReLU's input.
     """
     x = layout.readable(input)
     last = layout.is_channels_last(x)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     precision = precision or float32_precision()
+    if precision != "ieee":
+        call = (grad, output, input, weight, stride, padding, dilation, groups, output_mask)
+        input_tile = input_tile or remembered("conv_relu_backward", "input_tile", call)
+        weight_tile = weight_tile or remembered("conv_relu_backward", "weight_tile", call)
     dz = grad if grad_is_masked else masked(grad, output, last)
     dz = layout.in_layout(dz, last)
     gx, gw, gb = (input.new_empty(0) for _ in range(3))
     if output_mask[0]:
         gx = layout.empty(x, tuple(x.shape), last)
         if gx.numel():
-            run_input_gradient(dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile)
+            run_input_gradient(
+                dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile
+            )
     if output_mask[1]:
         gw = torch.empty_like(weight)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
@@ -316,22 +137,47 @@ def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
     g, y = (t.contiguous(memory_format=layout.memory_format(last)) for t in (grad, output))
     dz = torch.empty_like(y)
     if dz.numel():
-        mask_gradient[(triton.cdiv(dz.numel(), BLOCK),)](g, y, dz, dz.numel(), layout.needs_wide(dz), BLOCK)
+        mask_gradient[(triton.cdiv(dz.numel(), BLOCK),)](
+            g, y, dz, dz.numel(), layout.needs_wide(dz), BLOCK
+        )
     return dz
 
 
 def run_input_gradient(
-    dz: Tensor, w: Tensor, x: Tensor, gx: Tensor, conv: Conv, last: bool, mask: bool, precision: str,
+    dz: Tensor,
+    w: Tensor,
+    x: Tensor,
+    gx: Tensor,
+    conv: Conv,
+    last: bool,
+    mask: bool,
+    precision: str,
     tile: ConvTile | None,
-) -> None:  # fmt: skip
+) -> None:
     tile = tile or input_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision)
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
     conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](
-        dz, w, x, gx, dz.shape[0], layout.strides(dz), layout.strides(w), layout.strides(x), layout.strides(gx), conv,
-        mask, precision, layout.needs_wide(dz, x, gx), tile.m, tile.n, tile.n2, tile.k,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        dz,
+        w,
+        x,
+        gx,
+        dz.shape[0],
+        layout.strides(dz),
+        layout.strides(w),
+        layout.strides(x),
+        layout.strides(gx),
+        conv,
+        mask,
+        precision,
+        layout.needs_wide(dz, x, gx),
+        tile.m,
+        tile.n,
+        tile.n2,
+        tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def aligned_run(conv: Conv, x: Tensor) -> tuple[int, bool]:
@@ -340,21 +186,36 @@ def aligned_run(conv: Conv, x: Tensor) -> tuple[int, bool]:
     The pitch is 0 where rows of x aren't taken whole.
     """
     run = conv.s * conv.inputs
-    if x.stride(1) != 1 or x.stride(3) != conv.inputs or conv.dw != 1 or conv.groups != 1 or conv.inputs > 4:
+    if (
+        x.stride(1) != 1
+        or x.stride(3) != conv.inputs
+        or conv.dw != 1
+        or conv.groups != 1
+        or conv.inputs > 4
+    ):
         return 0, False
     pitch = -(-run // 4) * 4
     end = (conv.out_columns - 1) * conv.sw * conv.inputs + pitch  # in a row of x
-    last_row = sum((n - 1) * stride for n, stride in zip((x.shape[0], conv.rows), (x.stride(0), x.stride(2))))
+    last_row = sum(
+        (n - 1) * stride for n, stride in ((x.shape[0], x.stride(0)), (conv.rows, x.stride(2)))
+    )
     stored = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     return pitch, conv.inside and end <= x.stride(2) and last_row + end <= stored
 
 
 def run_weight_gradient(
-    dz: Tensor, x: Tensor, gw: Tensor, gb: Tensor, conv: Conv, last: bool, bias: bool, precision: str,
+    dz: Tensor,
+    x: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    conv: Conv,
+    last: bool,
+    bias: bool,
+    precision: str,
     tile: ConvTile | None,
-) -> None:  # fmt: skip
+) -> None:
     arch = architecture(x.device)
-    tile = tile or weight_gradient_tile(conv, dz.shape[0], dz.dtype, precision, arch)
+    tile = tile or weight_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision, arch)
     run, read_past = aligned_run(conv, x)
     length = gw.numel() + gw.shape[0]
     parts = torch.empty((tile.split, length), dtype=torch.float32, device=x.device)
@@ -364,10 +225,36 @@ def run_weight_gradient(
         tile.split,
     )
     conv_weight_gradient[grid](
-        dz, x, parts, dz.shape[0], layout.strides(dz), layout.strides(x), conv, run, read_past, not last,
-        tile.n2 == 0 and tile.n >= 64, precision, layout.needs_wide(dz, x), tile.split, tile.n, tile.n2, tile.k, tile.m,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        dz,
+        x,
+        parts,
+        dz.shape[0],
+        layout.strides(dz),
+        layout.strides(x),
+        conv,
+        run,
+        read_past,
+        not last,
+        tile.n2 == 0 and tile.n >= 64,
+        precision,
+        layout.needs_wide(dz, x),
+        tile.split,
+        tile.n,
+        tile.n2,
+        tile.k,
+        tile.m,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     sum_parts[(triton.cdiv(length, BLOCK),)](
-        parts, gw, gb if bias else gw, layout.strides(gw), conv, not last, tile.split, True, bias, BLOCK
+        parts,
+        gw,
+        gb if bias else gw,
+        layout.strides(gw),
+        conv,
+        not last,
+        tile.split,
+        True,
+        bias,
+        BLOCK,
     )

@@ -2,12 +2,15 @@
 
     s_c  = k + scale * sum of x_j^2 over j in [c - LEFT, c + RIGHT], inside c's group
     y_c  = x_c * s_c^-beta
-    gx_c = g_c s_c^-beta - 2 scale beta x_c * sum of g_j x_j s_j^(-beta-1) over j in [c - RIGHT, c + LEFT]
+    gx_c = g_c s_c^-beta - 2 scale beta x_c * sum of g_j x_j s_j^(-beta-1) over j in [c - RIGHT, c +
+    LEFT]
 
-A lane owns VEC channels of one pixel as vectors in its registers and loads the channels on each side once more
-from L1, so nothing crosses lanes: no shuffle, no shared memory, no barrier. Forward reads x once from memory and
-writes y once; backward reads x and g and writes gx, and recomputes s from x.
+A lane owns VEC channels of one pixel as vectors in its registers and loads the channels on each
+side once more from L1, so nothing crosses lanes: no shuffle, no shared memory, no barrier. Forward
+reads x once from memory and writes y once; backward reads x and g and writes gx, and recomputes s
+from x.
 """
+# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from . import _layout as layout
 from ._common import load_span, pack, program_index, store_tile
 from ._configs import Launch, lrn_launch
 from ._refuse import first, refuse_normalisation, refuse_tensors
+from ._tune import remembered
 
 WIDEST_WINDOW = 33  # wider ones would unroll into too many registers: _lrn_wide.py loops over them
 
@@ -46,7 +50,9 @@ class Normalisation:
         return self.k > 0 and self.scale >= 0 and self.beta >= 0
 
 
-def normalisation(channels: int, size: int, scale: float, beta: float, k: float, groups: int) -> Normalisation:
+def normalisation(
+    channels: int, size: int, scale: float, beta: float, k: float, groups: int
+) -> Normalisation:
     group = channels // groups
     left, right = min(size // 2, group - 1), min(size - 1 - size // 2, group - 1)
     return Normalisation(group, left, right, float(scale), float(beta), float(k))
@@ -70,14 +76,13 @@ def power(s, BETA: tl.constexpr):
     if BETA == 0.75:
         r = tl.math.rsqrt(s)
         return r * tl.sqrt(r)
-    elif BETA == 0.5:
+    if BETA == 0.5:
         return tl.math.rsqrt(s)
-    elif BETA == 1:
+    if BETA == 1:
         return 1.0 / s
-    elif BETA == 0:
+    if BETA == 0:
         return tl.full(s.shape, 1.0, tl.float32)
-    else:
-        return tl.exp2(-BETA * tl.log2(s))
+    return tl.exp2(-BETA * tl.log2(s))
 
 
 @triton.jit
@@ -86,10 +91,9 @@ def power_over(u, s, BETA: tl.constexpr):
     if BETA == 0.75 or BETA == 0.5:
         r = tl.math.rsqrt(s)
         return u * r * r
-    elif BETA == 1:
+    if BETA == 1:
         return u * u
-    else:
-        return u / s
+    return u / s
 
 
 @triton.jit
@@ -105,7 +109,8 @@ def normalised(x, at, c, ok, NORM: tl.constexpr, STEP: tl.constexpr, VEC: tl.con
 
 @triton.jit
 def input_gradient(v, g, c, NORM: tl.constexpr, VEC: tl.constexpr, RELU: tl.constexpr):
-    """[P, VEC] of gx from x, left + right channels beyond each side, and g, right before and left after.
+    """[P, VEC] of gx from x, left + right channels beyond each side, and g, right before and left
+    after.
 
     RELU: x is itself a ReLU's output, so go back through that too (a NaN passes, as in torch).
     """
@@ -131,7 +136,9 @@ def input_gradient(v, g, c, NORM: tl.constexpr, VEC: tl.constexpr, RELU: tl.cons
 
 
 @triton.jit
-def locate(lane, RUNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def locate(
+    lane, RUNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """lane -> (image, run of channels, row, column), neighbours in memory side by side."""
     if CHANNELS_LAST:
         run = lane % RUNS
@@ -154,13 +161,26 @@ def offset(image, channel, row, column, S: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["lanes"])
-def lrn_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.constexpr, PLANE: tl.constexpr,
-                NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
-                BLOCK: tl.constexpr):
+def lrn_forward(
+    x,
+    y,
+    lanes,
+    XS: tl.constexpr,
+    YS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLANE: tl.constexpr,
+    NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = LRN(x), [N, CHANNELS, rows, columns]; lanes = N * rows * columns * CHANNELS / VEC."""
     lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     ok = lane < lanes
-    image, run, row, column = locate(lane, CHANNELS // VEC, PLANE.rows, PLANE.columns, CHANNELS_LAST)
+    image, run, row, column = locate(
+        lane, CHANNELS // VEC, PLANE.rows, PLANE.columns, CHANNELS_LAST
+    )
     channel = run * VEC
     at = offset(image, channel, row, column, XS, VEC)
     tile = normalised(x, at, channel % NORM.group, ok, NORM, XS.channel, VEC)
@@ -168,13 +188,28 @@ def lrn_forward(x, y, lanes, XS: tl.constexpr, YS: tl.constexpr, CHANNELS: tl.co
 
 
 @triton.jit(do_not_specialize=["lanes"])
-def lrn_input_gradient(g, x, gx, lanes, GS: tl.constexpr, XS: tl.constexpr, DS: tl.constexpr, CHANNELS: tl.constexpr,
-                       PLANE: tl.constexpr, NORM: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
-                       VEC: tl.constexpr, BLOCK: tl.constexpr):
+def lrn_input_gradient(
+    g,
+    x,
+    gx,
+    lanes,
+    GS: tl.constexpr,
+    XS: tl.constexpr,
+    DS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLANE: tl.constexpr,
+    NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """gx from g and x, all [N, CHANNELS, rows, columns]; lanes as forward."""
     lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     ok = lane < lanes
-    image, run, row, column = locate(lane, CHANNELS // VEC, PLANE.rows, PLANE.columns, CHANNELS_LAST)
+    image, run, row, column = locate(
+        lane, CHANNELS // VEC, PLANE.rows, PLANE.columns, CHANNELS_LAST
+    )
     channel = run * VEC
     c = channel % NORM.group
     at_x = offset(image, channel, row, column, XS, VEC)
@@ -186,14 +221,18 @@ def lrn_input_gradient(g, x, gx, lanes, GS: tl.constexpr, XS: tl.constexpr, DS: 
     store_tile(gx, offset(image, channel, row, column, DS, VEC), tile, ok, DS.channel)
 
 
-def refuse_lrn(input: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> str | None:
+def refuse_lrn(
+    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> str | None:
     return first(refuse_tensors(input), refuse_normalisation(input, size, scale, beta, k, groups))
 
 
 def refuse_lrn_backward(
     grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
 ) -> str | None:
-    return first(refuse_tensors(grad, input), refuse_normalisation(input, size, scale, beta, k, groups))
+    return first(
+        refuse_tensors(grad, input), refuse_normalisation(input, size, scale, beta, k, groups)
+    )
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -204,7 +243,14 @@ def as_images(x: Tensor) -> Tensor:
 
 
 def lrn(
-    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int, *, launch: Launch | None = None
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    *,
+    launch: Launch | None = None,
 ) -> Tensor:
     """LRN of input [N, C, ...]; reads it once and writes the result once."""
     x = layout.readable(as_images(input))
@@ -217,6 +263,7 @@ def lrn(
 
             forward(x, y, norm, last)
         else:
+            launch = launch or remembered("lrn", "launch", (input, size, scale, beta, k, groups))
             forward_narrow(x, y, norm, last, launch or lrn_launch("forward", last))
     return y.view(input.shape) if input.dim() != 4 else y
 
@@ -226,15 +273,33 @@ def forward_narrow(x: Tensor, y: Tensor, norm: Normalisation, last: bool, launch
     vec = layout.vector_length(norm.group, x.element_size(), last, x, y)
     lanes = x.numel() // vec
     lrn_forward[(triton.cdiv(lanes, launch.block),)](
-        x, y, lanes, xs, ys, x.shape[1], plane, norm, last, layout.needs_wide(x, y), vec, launch.block,
+        x,
+        y,
+        lanes,
+        xs,
+        ys,
+        x.shape[1],
+        plane,
+        norm,
+        last,
+        layout.needs_wide(x, y),
+        vec,
+        launch.block,
         num_warps=launch.warps,
-    )  # fmt: skip
+    )
 
 
 def lrn_backward(
-    grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int,
-    *, launch: Launch | None = None,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    *,
+    launch: Launch | None = None,
+) -> Tensor:
     """The gradient of lrn with respect to input; keeps nothing from forward but input itself."""
     x = layout.readable(as_images(input))
     last = layout.is_channels_last(x)
@@ -247,15 +312,32 @@ def lrn_backward(
 
             backward(g, x, gx, norm, last)
         else:
+            call = (grad, input, size, scale, beta, k, groups)
+            launch = launch or remembered("lrn_backward", "launch", call)
             backward_narrow(g, x, gx, norm, last, launch or lrn_launch("backward", last))
     return gx.view(input.shape) if input.dim() != 4 else gx
 
 
-def backward_narrow(g: Tensor, x: Tensor, gx: Tensor, norm: Normalisation, last: bool, launch: Launch) -> None:
+def backward_narrow(
+    g: Tensor, x: Tensor, gx: Tensor, norm: Normalisation, last: bool, launch: Launch
+) -> None:
     plane, (gs, xs, ds) = layout.collapse(g, x, gx)
     vec = layout.vector_length(norm.group, x.element_size(), last, g, x, gx)
     lanes = x.numel() // vec
     lrn_input_gradient[(triton.cdiv(lanes, launch.block),)](
-        g, x, gx, lanes, gs, xs, ds, x.shape[1], plane, norm, last, layout.needs_wide(g, x, gx), vec, launch.block,
+        g,
+        x,
+        gx,
+        lanes,
+        gs,
+        xs,
+        ds,
+        x.shape[1],
+        plane,
+        norm,
+        last,
+        layout.needs_wide(g, x, gx),
+        vec,
+        launch.block,
         num_warps=launch.warps,
-    )  # fmt: skip
+    )

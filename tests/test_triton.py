@@ -1,4 +1,6 @@
-"""Runs the interpreter tests of the Triton backend where Triton will heed the variable: in a process of their own."""
+"""Runs the interpreter tests of the Triton backend where Triton will heed the variable: in a
+process of their own.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from support.triton_inputs import LAYOUTS, like, placed, random
 from support.triton_tolerance import FUNCTIONS, assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("set TRITON_INTERPRET=1: Triton decides when it is imported", allow_module_level=True)
+    pytest.skip(
+        "set TRITON_INTERPRET=1: Triton decides when it is imported", allow_module_level=True
+    )
 triton = pytest.importorskip("triton")
 tl = triton.language
 
@@ -88,7 +90,9 @@ def check_lrn(x, grad, size, scale, beta, k, groups):
     assert y.stride() == like(y, x).stride()
     gx = lrn_backward(grad, x, *arguments)
     (expected,) = oracle.gradients(lambda a: oracle.lrn(a, *arguments), grad, x)
-    assert_within(gx, expected, 2 * size + 2 * FUNCTIONS, oracle.lrn_gradient_magnitude(x, grad, *arguments))
+    assert_within(
+        gx, expected, 2 * size + 2 * FUNCTIONS, oracle.lrn_gradient_magnitude(x, grad, *arguments)
+    )
     assert gx.stride() == y.stride()
 
 
@@ -115,7 +119,9 @@ def test_lrn_takes_any_rank(shape):
     assert_within(y, oracle.lrn(check.double(), 5, 0.3, 0.75, 2.0, 1), 5 + FUNCTIONS)
     (expected,) = oracle.gradients(lambda a: oracle.lrn(a, 5, 0.3, 0.75, 2.0, 1), check, check)
     gx = lrn_backward(check, check, 5, 0.3, 0.75, 2.0, 1)
-    assert_within(gx, expected, 26, oracle.lrn_gradient_magnitude(check, check, 5, 0.3, 0.75, 2.0, 1))
+    assert_within(
+        gx, expected, 26, oracle.lrn_gradient_magnitude(check, check, 5, 0.3, 0.75, 2.0, 1)
+    )
 
 
 def test_lrn_copies_what_no_kernel_reads():
@@ -132,13 +138,21 @@ def test_lrn_bfloat16_is_the_rounded_float32_bit_for_bit():
 
 def test_lrn_spreads_nan_and_infinity_as_torch():
     values = torch.ones(1, 16, 2, 2)
-    values[0, 3, 0, 0], values[0, 9, 1, 1], values[0, 0, 0, 1] = float("nan"), float("inf"), -float("inf")
+    values[0, 3, 0, 0], values[0, 9, 1, 1], values[0, 0, 0, 1] = (
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    )
     for layout in ("nchw", "nhwc"):
         x = placed(values, layout)
         for arguments in ((5, 0.3, 0.75, 2.0, 2), (4, 0.3, 0.6, 1.0, 1)):
             assert_within(lrn(x, *arguments), oracle.lrn(x.double(), *arguments), 20)
-            (expected,) = oracle.gradients(lambda a: oracle.lrn(a, *arguments), torch.ones_like(x), x)
-            assert torch.equal(lrn_backward(torch.ones_like(x), x, *arguments).isnan(), expected.isnan())
+            (expected,) = oracle.gradients(
+                lambda a, norm=arguments: oracle.lrn(a, *norm), torch.ones_like(x), x
+            )
+            assert torch.equal(
+                lrn_backward(torch.ones_like(x), x, *arguments).isnan(), expected.isnan()
+            )
 
 
 # shape, kernel, stride, padding, dilation, ceil_mode
@@ -164,7 +178,9 @@ def tied(shape, dtype, layout):
 
 
 def same(found, expected):
-    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(0.5), expected.nan_to_num(0.5))
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(
+        found.nan_to_num(0.5), expected.nan_to_num(0.5)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -185,7 +201,9 @@ def test_max_pool(case, layout, dtype):
     grad = random(tuple(y.shape), dtype, layout)
     gx = max_pool_backward(grad, offsets, shape[2:], *window)
     (wanted,) = oracle.gradients(lambda a: oracle.max_pool(a, *window, ceil_mode)[0], grad, x)
-    (magnitude,) = oracle.gradients(lambda a: oracle.max_pool(a, *window, ceil_mode)[0], grad.abs(), x)
+    (magnitude,) = oracle.gradients(
+        lambda a: oracle.max_pool(a, *window, ceil_mode)[0], grad.abs(), x
+    )
     assert_within(gx, wanted, window[0][0] * window[0][1], magnitude)
 
 
@@ -208,7 +226,9 @@ def test_max_pool_reads_every_layout_in_place(layout):
     assert torch.equal(offsets.long(), taps)
     grad = random(tuple(y.shape), F16, "nchw")
     gx = max_pool_backward(grad, offsets, (7, 6), (3, 3), (2, 2), (1, 1), ONE)
-    (wanted,) = oracle.gradients(lambda a: oracle.max_pool(a, (3, 3), (2, 2), (1, 1), ONE, False)[0], grad, x)
+    (wanted,) = oracle.gradients(
+        lambda a: oracle.max_pool(a, (3, 3), (2, 2), (1, 1), ONE, False)[0], grad, x
+    )
     assert_within(gx, wanted, 9, wanted.abs() + 4)
     assert gx.stride() == like(gx, x).stride()
 
@@ -273,7 +293,12 @@ def test_every_pointwise_launch_gives_the_same(layout):
 
     all_equal([lrn(x, *norm, launch=t) for t in configs.LRN["forward", last]])
     all_equal([lrn_backward(x, x, *norm, launch=t) for t in configs.LRN["backward", last]])
-    all_equal([max_pool(x, *window, ONE, False, True, launch=t)[0] for t in configs.POOL["forward", last, False]])
+    all_equal(
+        [
+            max_pool(x, *window, ONE, False, True, launch=t)[0]
+            for t in configs.POOL["forward", last, False]
+        ]
+    )
     launches = configs.POOL["forward", last, True]
     all_equal([lrn_max_pool(x, *norm, *window, False, True, launch=t)[1] for t in launches])
     y, taps = lrn_max_pool(x, *norm, *window, False, True)
@@ -284,7 +309,9 @@ def test_every_pointwise_launch_gives_the_same(layout):
 
 
 def far_apart(shape, dtype, last):
-    """A tensor whose two images lie more than 2^31 elements apart, in memory that is never touched between them."""
+    """A tensor whose two images lie more than 2^31 elements apart, in memory that is never touched
+    between them.
+    """
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         memory = torch.empty(2**31 + 2**16, dtype=dtype)

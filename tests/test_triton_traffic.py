@@ -1,4 +1,6 @@
-"""Bytes the Triton kernels move, counted in the interpreter: at most 1.05 times the compulsory ones."""
+"""Bytes the Triton kernels move, counted in the interpreter: at most 1.05 times the compulsory
+ones.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,23 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("set TRITON_INTERPRET=1: Triton decides when it is imported", allow_module_level=True)
+    pytest.skip(
+        "set TRITON_INTERPRET=1: Triton decides when it is imported", allow_module_level=True
+    )
 pytest.importorskip("triton")
 
-from fastalex.kernels._configs import ConvTile, Launch  # noqa: E402
-from fastalex.kernels.conv_relu import conv_relu  # noqa: E402
-from fastalex.kernels.lrn import lrn, lrn_backward  # noqa: E402
-from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward  # noqa: E402
-from fastalex.kernels.max_pool import max_pool, max_pool_backward  # noqa: E402
-from support.triton_traffic import counting  # noqa: E402
+from fastalex.kernels._configs import ConvTile, Launch
+from fastalex.kernels.conv_relu import conv_relu
+from fastalex.kernels.lrn import lrn, lrn_backward
+from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
+from fastalex.kernels.max_pool import max_pool, max_pool_backward
+from support.triton_traffic import counting
 
 MOST = 1.05
 NORM, WINDOW = (5, 0.3, 0.75, 2.0, 2), ((3, 3), (2, 2), (0, 0))
-MANY_LANES = Launch(2048, 4, 16)  # the grid's union of sectors doesn't depend on how programs share it
+MANY_LANES = Launch(
+    2048, 4, 16
+)  # the grid's union of sectors doesn't depend on how programs share it
 
 
 def sector_aligned(shape, dtype, last):
@@ -37,7 +43,10 @@ def sector_aligned(shape, dtype, last):
 
 def moved(traffic, *read, written):
     """Bytes moved over the grid, read and written, over the compulsory ones."""
-    need = sum(t.numel() * t.element_size() for t in read), sum(t.numel() * t.element_size() for t in written)
+    need = (
+        sum(t.numel() * t.element_size() for t in read),
+        sum(t.numel() * t.element_size() for t in written),
+    )
     return traffic.by_grid("read") / need[0], traffic.by_grid("written") / need[1]
 
 
@@ -78,7 +87,7 @@ def test_the_fused_pair_writes_no_map_between(last):
 
 
 def test_the_fused_pair_rereads_little_from_l2():
-    """A lane keeps the row two windows share, so that a program of all rows reads each sector once."""
+    """A lane keeps the row two windows share: a program of many rows reads a sector about once."""
     x = sector_aligned((1, 32, 17, 17), torch.float16, True)
     with counting() as traffic:
         lrn_max_pool(x, *NORM, *WINDOW, False, True, launch=Launch(128, 4, 4))
@@ -86,10 +95,17 @@ def test_the_fused_pair_rereads_little_from_l2():
 
 
 def test_a_convolution_program_moves_what_its_tile_says():
-    """K (BM + BN) values: here one program sees every pixel and channel, so overlapping windows count once."""
-    x, weight = sector_aligned((1, 64, 8, 8), torch.float16, True), sector_aligned((64, 64, 3, 3), torch.float16, True)
+    """K (BM + BN) values: here one program sees every pixel and channel, so overlapping windows
+    count once.
+    """
+    x, weight = (
+        sector_aligned((1, 64, 8, 8), torch.float16, True),
+        sector_aligned((64, 64, 3, 3), torch.float16, True),
+    )
     with counting() as traffic:
-        y = conv_relu(x, weight, None, (1, 1), (1, 1), (1, 1), 1, tile=ConvTile(64, 64, 0, 64, 4, 3))
+        y = conv_relu(
+            x, weight, None, (1, 1), (1, 1), (1, 1), 1, tile=ConvTile(64, 64, 0, 64, 4, 3)
+        )
     assert traffic.by_program("read") == 2 * (x.numel() + weight.numel())
     assert traffic.by_program("written") == traffic.by_grid("written") == 2 * y.numel()
     with counting() as traffic:

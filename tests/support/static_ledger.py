@@ -1,8 +1,9 @@
-"""What the machine code of a compiled kernel shows without a GPU, and how a ledger of such facts is compared.
+"""What the machine code of a compiled kernel shows without a GPU, and how a ledger of such facts is
+compared.
 
-    facts = cubin_facts(cubin_bytes, threads=256)     NVIDIA, any compiler; tools from Triton's wheel or the CUDA toolkit
+    facts = cubin_facts(cubin_bytes, threads=256)     NVIDIA, any compiler
     facts = amd_facts(assembly_text, threads=256)     AMD, from Triton's `amdgcn` stage
-    problems = regressions(recorded, found)           [] or one sentence a regression
+    problems = regressions(recorded, found)            [] or one sentence a regression
 
 A ledger is a JSON object {case name: facts}; `write` sorts it so that its diffs can be reviewed.
 """
@@ -20,8 +21,14 @@ import tempfile
 from pathlib import Path
 
 # per SM: warps, blocks, bytes of shared memory
-SM_LIMITS = {80: (64, 32, 164 << 10), 86: (48, 16, 100 << 10), 89: (48, 24, 100 << 10), 90: (64, 32, 228 << 10),
-             100: (64, 32, 228 << 10), 120: (48, 24, 100 << 10)}  # fmt: skip
+SM_LIMITS = {
+    80: (64, 32, 164 << 10),
+    86: (48, 16, 100 << 10),
+    89: (48, 24, 100 << 10),
+    90: (64, 32, 228 << 10),
+    100: (64, 32, 228 << 10),
+    120: (48, 24, 100 << 10),
+}
 RESERVED_SHARED = 1024  # the driver's own, a block, from sm_80 on
 MMA = re.compile(r"(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
 COUNT_SLACK = 0.05  # a compiler's schedule may move counts this much
@@ -32,7 +39,9 @@ def tool(name: str) -> str:
     try:
         import triton
 
-        bundled = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin", name))
+        bundled = glob.glob(
+            os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin", name)
+        )
     except ImportError:
         bundled = []
     found = (bundled or [shutil.which(name) or f"/usr/local/cuda/bin/{name}"])[0]
@@ -42,11 +51,15 @@ def tool(name: str) -> str:
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
-def cubin_facts(cubin: bytes, threads: int, shared: int | None = None, kernel: str | None = None) -> dict:
-    """Facts of one kernel; `shared` is what a launch asks for, where the cubin alone doesn't say."""
+def cubin_facts(
+    cubin: bytes, threads: int, shared: int | None = None, kernel: str | None = None
+) -> dict:
+    """Facts of one kernel; `shared` is what a launch asks for, where the cubin doesn't say."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -54,7 +67,9 @@ def cubin_facts(cubin: bytes, threads: int, shared: int | None = None, kernel: s
         arch = int(re.search(r"sm_(\d+)", run_tool("cuobjdump", "-elf", file.name))[1])
         code = instructions(run_tool("nvdisasm", "-c", file.name), kernel)
     name = re.escape(kernel) if kernel else r"\S+"
-    registers, static = map(int, re.search(rf"Function {name}:\s*\n\s*REG:(\d+).*?SHARED:(\d+)", usage).groups())
+    registers, static = map(
+        int, re.search(rf"Function {name}:\s*\n\s*REG:(\d+).*?SHARED:(\d+)", usage).groups()
+    )
     shared = static if shared is None else shared
     ops = [op for op, _ in code]
     loops = inner_loops(code)
@@ -64,7 +79,9 @@ def cubin_facts(cubin: bytes, threads: int, shared: int | None = None, kernel: s
         "shared": shared,
         "warps": -(-threads // 32),
         "occupancy": occupancy(arch, -(-threads // 32), registers, shared),
-        "mma": tally(re.sub(r"\.(BF16|F16|F32|TF32|SP|gdesc)\b", "", op) for op in ops if MMA.match(op)),
+        "mma": tally(
+            re.sub(r"\.(BF16|F16|F32|TF32|SP|gdesc)\b", "", op) for op in ops if MMA.match(op)
+        ),
         "loads": widths(ops, "LDG"),
         "async_loads": widths(ops, "LDGSTS"),
         "stores": widths(ops, "STG"),
@@ -85,7 +102,9 @@ def instructions(sass: str, kernel: str | None) -> list[tuple[str, str]]:
         elif inside and (label := re.match(r"\s*(\.L\S+):", line)):
             code.append(("label", label[1]))
         elif inside and (
-            op := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line)
+            op := re.search(
+                r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line
+            )
         ):
             code.append((op[1], op[2]))
     return code
@@ -99,8 +118,14 @@ def inner_loops(code: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
         target = re.search(r"\.L\w+", operands) if op.startswith("BRA") else None
         if target and place.get(target[0], i) < i and code[i][1].strip("`()") != "":
             loops.append((place[target[0]], i))
-    bodies = [[c for c in code[a : b + 1] if c[0] != "label"] for a, b in loops if not holds_another(a, b, loops)]
-    return [body for body in bodies if len(body) > 1]  # the trap a kernel ends with branches to itself
+    bodies = [
+        [c for c in code[a : b + 1] if c[0] != "label"]
+        for a, b in loops
+        if not holds_another(a, b, loops)
+    ]
+    return [
+        body for body in bodies if len(body) > 1
+    ]  # the trap a kernel ends with branches to itself
 
 
 def holds_another(begin: int, end: int, loops: list[tuple[int, int]]) -> bool:
@@ -128,7 +153,9 @@ def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
     of_a_warp = max(-(-registers * 32 // 256) * 256, 256)
     by_registers = (16384 // of_a_warp) * 4 // warps  # each quarter of an SM holds 16384
     by_shared = most_shared // (-(-(shared + RESERVED_SHARED) // 128) * 128)
-    return round(min(most_warps // warps, by_registers, by_shared, most_blocks) * warps / most_warps, 3)
+    return round(
+        min(most_warps // warps, by_registers, by_shared, most_blocks) * warps / most_warps, 3
+    )
 
 
 def amd_facts(assembly: str, threads: int, shared: int) -> dict:

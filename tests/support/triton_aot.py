@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for GPUs that are not here, with the argument hints a real launch gives.
+"""Compiles the Triton kernels for GPUs that are not here, with the argument hints a real launch
+gives.
 
-The host code itself decides the arguments: `compiling(arch)` replaces a kernel's launcher by one that compiles what
-would have been launched, on meta tensors, so that nothing is said twice.
+The host code itself decides the arguments: `compiling(arch)` replaces a kernel's launcher by one
+that compiles what would have been launched, on meta tensors, so that nothing is said twice.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import contextlib
 
 import torch
 import triton
+from support.static_ledger import amd_facts, cubin_facts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from support.static_ledger import amd_facts, cubin_facts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -23,14 +23,20 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
 
 
 def compile_launch(arch: str, kernel: JITFunction, arguments: tuple, options: dict):
-    """The compiled kernel of one launch: 16-byte pointers, and integers that are multiples of 16 marked as such."""
+    """The compiled kernel of one launch: 16-byte pointers, and integers that are multiples of 16
+    marked as such.
+    """
     signature, constants, hints = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments)):
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
         specialised = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[parameter.name] = "constexpr"
@@ -56,7 +62,9 @@ def facts(arch: str, compiled) -> dict:
 
 @contextlib.contextmanager
 def compiling(arch: str, only: str):
-    """Inside, a launch of the kernel named `only` compiles for `arch`, into the list yielded; others do nothing."""
+    """Inside, a launch of the kernel named `only` compiles for `arch`, into the list yielded;
+    others do nothing.
+    """
     compiled: list = []
 
     def run(self, *arguments, grid, warmup, **options):

@@ -9,14 +9,18 @@ LAYOUTS = ("nchw", "nhwc", "nhwc-slice", "nhwc-pitch", "nchw-pitch")
 MARGIN = 64  # NaN values before and after; a multiple of 16 bytes
 
 
-def random(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", seed: int = 0) -> Tensor:
+def random(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", seed: int = 0
+) -> Tensor:
     """Normal values in the layout."""
     generator = torch.Generator().manual_seed(seed)
     return placed(torch.randn(shape, generator=generator).to(dtype), layout)
 
 
 def placed(values: Tensor, layout: str) -> Tensor:
-    """A copy of values [N, C, H, W] in the layout, all memory around and between its elements being NaN."""
+    """A copy of values [N, C, H, W] in the layout, all memory around and between its elements being
+    NaN.
+    """
     n, c, h, w = values.shape
     last = layout.startswith("nhwc")
     outer_c = c + 8 if layout == "nhwc-slice" else c
@@ -34,4 +38,6 @@ def placed(values: Tensor, layout: str) -> Tensor:
 def like(values: Tensor, other: Tensor) -> Tensor:
     """values in the memory format of other's results."""
     dense_nhwc = other.stride(1) == 1 and not other.is_contiguous()
-    return values.contiguous(memory_format=torch.channels_last if dense_nhwc else torch.contiguous_format)
+    return values.contiguous(
+        memory_format=torch.channels_last if dense_nhwc else torch.contiguous_format
+    )

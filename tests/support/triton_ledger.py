@@ -1,7 +1,8 @@
-"""Writes the ledger of what every Triton kernel compiles to: cd tests && python -m support.triton_ledger.
+"""Writes the ledger of what every Triton kernel compiles to: cd tests && python -m
+support.triton_ledger.
 
-The ledger, tests/ledger/triton.json, is reviewed in diffs and checked by tests/test_triton_ledger.py. Entries of cases
-that are gone are dropped.
+The ledger, tests/ledger/triton.json, is reviewed in diffs and checked by
+tests/test_triton_ledger.py. Entries of cases that are gone are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ def measure(case: triton_cases.Case, arch: str) -> dict:
 
 
 def names() -> dict[str, tuple[triton_cases.Case, str]]:
-    return {f"{arch}/{case.name}": (case, arch) for arch in triton_aot.TARGETS for case in triton_cases.cases(arch)}
+    return {
+        f"{arch}/{case.name}": (case, arch)
+        for arch in triton_aot.TARGETS
+        for case in triton_cases.cases(arch)
+    }
 
 
 def main() -> None:
@@ -38,9 +43,20 @@ def main() -> None:
     ledger = {name: facts for name, facts in before.items() if name in wanted}
     end = time.monotonic() + options.seconds
     for name, (case, arch) in wanted.items():
-        if options.only in name and not (options.missing and name in ledger) and time.monotonic() < end:
+        if (
+            options.only in name
+            and not (options.missing and name in ledger)
+            and time.monotonic() < end
+        ):
             ledger[name] = measure(case, arch)
-            print(name, ledger[name]["registers"], "registers", ledger[name]["spills"], "spills", flush=True)
+            print(
+                name,
+                ledger[name]["registers"],
+                "registers",
+                ledger[name]["spills"],
+                "spills",
+                flush=True,
+            )
     static_ledger.write(LEDGER, ledger)
     print(f"{len(ledger)} of {len(wanted)} entries")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def window_sums(v: Tensor, before: int, size: int, groups: int) -> Tensor:
-    """The sum of v over `size` channels from `before` channels ahead, inside each channel's group."""
+    """The sum of v over `size` channels from `before` ahead, inside each channel's group."""
     n, c = v.shape[:2]
     padded = F.pad(v.reshape(n, groups, c // groups, -1), (0, 0, before, size - 1 - before))
     return sum(padded[:, :, j : j + c // groups] for j in range(size)).reshape(v.shape)
@@ -31,7 +31,9 @@ def lrn_gradient_magnitude(
 
 def max_pool(x: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[Tensor, Tensor]:
     """The pooled map and, of each winner, its tap kh * KW + kw."""
-    y, index = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+    y, index = F.max_pool2d(
+        x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True
+    )
     row = torch.arange(y.shape[2], device=x.device)[:, None] * stride[0] - padding[0]
     column = torch.arange(y.shape[3], device=x.device)[None, :] * stride[1] - padding[1]
     kh = (index // x.shape[3] - row) // dilation[0]
@@ -39,7 +41,9 @@ def max_pool(x: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> tu
     return y, kh * kernel_size[1] + kw
 
 
-def conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor:
+def conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups
+) -> Tensor:
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
 
 

@@ -1,4 +1,6 @@
-"""Tolerances of the Triton tests, derived: what float32 sums may lose, and half an ulp of the result's type."""
+"""Tolerances of the Triton tests, derived: what float32 sums may lose, and half an ulp of the
+result's type.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,22 @@ EPS32 = torch.finfo(torch.float32).eps
 FUNCTIONS = 8  # ulps of float32 that two roots and a few products may lose together
 
 
-def assert_within(found: Tensor, expected: Tensor, summands: int, magnitude: Tensor | None = None) -> None:
+def assert_within(
+    found: Tensor, expected: Tensor, summands: int, magnitude: Tensor | None = None
+) -> None:
     """|found - expected| <= summands x eps(float32) x magnitude + half an ulp of found's type.
 
-    magnitude is the sum of the summands' absolute values, by default |expected|. A NaN must be where it is expected.
+    magnitude is the sum of the summands' absolute values, by default |expected|. A NaN must be
+    where it is expected.
     """
     info = torch.finfo(found.dtype)
     expected = expected.double()
     magnitude = expected.abs() if magnitude is None else magnitude.double()
-    bound = summands * EPS32 * magnitude + info.eps / 2 * expected.abs() + info.smallest_normal * info.eps
+    bound = (
+        summands * EPS32 * magnitude
+        + info.eps / 2 * expected.abs()
+        + info.smallest_normal * info.eps
+    )
     if found.dtype == torch.float32:
         bound = bound + EPS32 * expected.abs()
     wrong_nan = found.isnan() != expected.isnan()

@@ -11,7 +11,9 @@ SECTOR = 32
 
 
 class Traffic:
-    """Sectors each program touched: the sum over programs bounds what L2 serves, their union what DRAM does."""
+    """Sectors each program touched: the sum over programs bounds what L2 serves, their union what
+    DRAM does.
+    """
 
     def __init__(self) -> None:
         self.touched: dict[str, dict[tuple, list[np.ndarray]]] = {"read": {}, "written": {}}
