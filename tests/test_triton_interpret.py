@@ -160,7 +160,7 @@ POOL_CASES = [
     ((2, 16, 11, 9), (3, 3), (2, 2), (0, 0), ONE, False),  # the network's window: rows are shared
     ((1, 8, 10, 9), (3, 2), (2, 1), (1, 1), ONE, True),
     ((1, 3, 9, 12), (2, 3), (1, 2), (1, 0), (2, 3), False),  # dilated: backward goes pixel by pixel
-    ((1, 2, 8, 11), (5, 9), (3, 2), (2, 4), ONE, True),  # taller and wider than is unrolled
+    ((1, 2, 6, 10), (5, 9), (3, 2), (2, 4), ONE, True),  # taller and wider than is unrolled
     ((1, 4, 7, 7), (3, 3), (3, 3), (1, 1), ONE, True),  # windows that don't overlap
     ((1, 4, 7, 7), (2, 2), (5, 5), (1, 1), ONE, True),  # pixels that no window covers
     ((1, 4, 6, 6), (4, 4), (1, 1), (2, 2), ONE, False),  # three rows shared
@@ -207,6 +207,7 @@ def test_max_pool(case, layout, dtype):
     assert_within(gx, wanted, window[0][0] * window[0][1], magnitude)
 
 
+@pytest.mark.slow
 def test_max_pool_counts_more_than_256_taps():
     x = random((1, 1, 18, 18), F32, "nhwc")
     arguments = ((17, 17), (3, 3), (0, 1), ONE)
