@@ -1,7 +1,8 @@
 """What every kernel shares: loads, rounding and products that are right on a GPU and in the
 interpreter.
 """
-# ruff: noqa: RUF005, SIM108 - Triton's tuples are joined, not unpacked
+# ruff: noqa: RET505, RUF005, SIM108 - Triton compiles what follows an `if` that returns, and its
+# tuples are joined, not unpacked
 
 import triton
 import triton.language as tl
@@ -56,17 +57,18 @@ def unpack(v):
     P: tl.constexpr = v.shape[0]
     if v.shape[1] == 1:
         return (v.reshape([P]),)
-    if v.shape[1] == 2:
+    elif v.shape[1] == 2:
         return tl.split(v)
-    if v.shape[1] == 4:
+    elif v.shape[1] == 4:
         even, odd = tl.split(v.reshape([P, 2, 2]))
         a, c = tl.split(even)
         b, d = tl.split(odd)
         return a, b, c, d
-    even, odd = tl.split(v.reshape([P, 4, 2]))
-    a, c, e, g = unpack(even)
-    b, d, f, h = unpack(odd)
-    return a, b, c, d, e, f, g, h
+    else:
+        even, odd = tl.split(v.reshape([P, 4, 2]))
+        a, c, e, g = unpack(even)
+        b, d, f, h = unpack(odd)
+        return a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -75,11 +77,14 @@ def pack(v):
     P: tl.constexpr = v[0].shape[0]
     if len(v) == 1:
         return v[0].reshape([P, 1])
-    if len(v) == 2:
+    elif len(v) == 2:
         return tl.join(v[0], v[1])
-    if len(v) == 4:
+    elif len(v) == 4:
         return tl.join(pack((v[0], v[2])), pack((v[1], v[3]))).reshape([P, 4])
-    return tl.join(pack((v[0], v[2], v[4], v[6])), pack((v[1], v[3], v[5], v[7]))).reshape([P, 8])
+    else:
+        return tl.join(pack((v[0], v[2], v[4], v[6])), pack((v[1], v[3], v[5], v[7]))).reshape(
+            [P, 8]
+        )
 
 
 @triton.jit
@@ -90,13 +95,14 @@ def load_run(p, at, ok, LENGTH: tl.constexpr, STEP: tl.constexpr):
         if v.dtype.is_floating():
             v = widen(v)
         return unpack(v)
-    run = ()
-    for i in tl.static_range(LENGTH):
-        v = tl.load(p + at + i * STEP, mask=ok, other=0)
-        if v.dtype.is_floating():
-            v = widen(v)
-        run = run + (v,)
-    return run
+    else:
+        run = ()
+        for i in tl.static_range(LENGTH):
+            v = tl.load(p + at + i * STEP, mask=ok, other=0)
+            if v.dtype.is_floating():
+                v = widen(v)
+            run = run + (v,)
+        return run
 
 
 @triton.jit

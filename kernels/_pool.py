@@ -4,7 +4,8 @@ A lane owns VEC channels of one output column and walks down ROWS output rows, k
 the input rows that the next window shares. x is read from memory once; y and, for training, one
 offset an output are written, and nothing else.
 """
-# ruff: noqa: RUF005, B007 - Triton's tuples are joined, not unpacked
+# ruff: noqa: RET505, RUF005, B007 - Triton compiles what follows an `if` that returns, and its
+# tuples are joined, not unpacked
 
 from __future__ import annotations
 
@@ -109,8 +110,9 @@ def window_value(
     if NORM is None:
         columns = tl.arange(0, VEC)[None, :] * STEP
         return widen(tl.load(x + at[:, None] + columns, mask=ok[:, None], other=float("-inf")))
-    value = widen(narrow(normalised(x, at, c, ok, NORM, STEP, VEC), DTYPE))
-    return tl.where(ok[:, None], value, float("-inf"))
+    else:
+        value = widen(narrow(normalised(x, at, c, ok, NORM, STEP, VEC), DTYPE))
+        return tl.where(ok[:, None], value, float("-inf"))
 
 
 @triton.jit
@@ -119,7 +121,8 @@ def choose(best, where, value, tap, SAVE: tl.constexpr):
     if SAVE:
         wins = better(value, best)
         return tl.where(wins, value, best), tl.where(wins, tap, where)
-    return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), where
+    else:
+        return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), where
 
 
 @triton.jit

@@ -16,6 +16,7 @@ A program reads BM * K values of x (K * BM / (R*S*C) of them again where windows
 K * (BN + BN2) of w, and writes BM * (BN + BN2) of y once: bias and ReLU happen in its registers.
 With SPLIT > 1 it writes a float32 part instead, and finish_parts adds the parts in order.
 """
+# ruff: noqa: RET505 - Triton compiles what follows an `if` that returns
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def pixels(
             live = m_ok & (ih >= 0) & (ih < CONV.rows) & (iw >= 0) & (iw < CONV.columns)
         at = r * (CONV.dh * XS.row) + s * (CONV.dw * XS.column) + step % BLOCKS * BK
         return tl.load((pixel + at)[:, None] + k[None, :], mask=live[:, None], other=0.0)
-    if SCHEME == "rows":
+    elif SCHEME == "rows":
         BODY_BLOCKS: tl.constexpr = S * INPUTS // BK
         r = step // BODY_BLOCKS
         j = step % BODY_BLOCKS * BK + k
@@ -88,17 +89,18 @@ def pixels(
                 & (run < CONV.columns * INPUTS)
             )
         return tl.load((pixel + r * (CONV.dh * XS.row))[:, None] + j[None, :], mask=live, other=0.0)
-    kk = step * BK + k
-    ok = m_ok[:, None]
-    if CONV.products % BK != 0:
-        ok = ok & (kk < CONV.products)[None, :]
-    if SCHEME == "flat":
-        tap = kk // INPUTS
-        c = kk % INPUTS
     else:
-        tap = kk % (CONV.r * S)
-        c = kk // (CONV.r * S)
-    return scattered_pixels(pixel, ih0, iw0, ok, tap // S, tap % S, c, XS, CONV)
+        kk = step * BK + k
+        ok = m_ok[:, None]
+        if CONV.products % BK != 0:
+            ok = ok & (kk < CONV.products)[None, :]
+        if SCHEME == "flat":
+            tap = kk // INPUTS
+            c = kk % INPUTS
+        else:
+            tap = kk % (CONV.r * S)
+            c = kk // (CONV.r * S)
+        return scattered_pixels(pixel, ih0, iw0, ok, tap // S, tap % S, c, XS, CONV)
 
 
 @triton.jit

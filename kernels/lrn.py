@@ -10,7 +10,8 @@ side once more from L1, so nothing crosses lanes: no shuffle, no shared memory, 
 reads x once from memory and writes y once; backward reads x and g and writes gx, and recomputes s
 from x.
 """
-# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
+# ruff: noqa: RET505, RUF005 - Triton compiles what follows an `if` that returns, and its tuples are
+# joined, not unpacked
 
 from __future__ import annotations
 
@@ -76,13 +77,14 @@ def power(s, BETA: tl.constexpr):
     if BETA == 0.75:
         r = tl.math.rsqrt(s)
         return r * tl.sqrt(r)
-    if BETA == 0.5:
+    elif BETA == 0.5:
         return tl.math.rsqrt(s)
-    if BETA == 1:
+    elif BETA == 1:
         return 1.0 / s
-    if BETA == 0:
+    elif BETA == 0:
         return tl.full(s.shape, 1.0, tl.float32)
-    return tl.exp2(-BETA * tl.log2(s))
+    else:
+        return tl.exp2(-BETA * tl.log2(s))
 
 
 @triton.jit
@@ -91,9 +93,10 @@ def power_over(u, s, BETA: tl.constexpr):
     if BETA == 0.75 or BETA == 0.5:
         r = tl.math.rsqrt(s)
         return u * r * r
-    if BETA == 1:
+    elif BETA == 1:
         return u * u
-    return u / s
+    else:
+        return u / s
 
 
 @triton.jit
