@@ -1,3 +1,5 @@
-"""Triton kernels, one file per operator; importing this package imports neither Triton nor a
-kernel.
+"""Triton kernels, one file per operator. Installed as fastalex.kernels.
+
+Importing this package imports neither Triton nor a kernel: _refuse.py says why a call is not
+served.
 """

@@ -233,6 +233,14 @@ def architecture(device: torch.device) -> str:
     )
 
 
+def outputs_first(tile: ConvTile, arch: str) -> bool:
+    """Whether the weight gradient's tiles are [outputs, products].
+
+    sm_80 copies both operands asynchronously in this order alone; on sm_100 it spills.
+    """
+    return tile.n2 == 0 and tile.n >= 64 and not arch.startswith("sm_10")
+
+
 def weight_gradient_tiles(
     conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
 ) -> list[ConvTile]:

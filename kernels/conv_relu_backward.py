@@ -25,6 +25,7 @@ from ._configs import (
     architecture,
     input_gradient_tile,
     input_gradient_tiles,
+    outputs_first,
     weight_gradient_tile,
     weight_gradient_tiles,
 )
@@ -235,7 +236,7 @@ def run_weight_gradient(
         run,
         read_past,
         not last,
-        tile.n2 == 0 and tile.n >= 64,
+        outputs_first(tile, arch),
         precision,
         layout.needs_wide(dz, x),
         tile.split,

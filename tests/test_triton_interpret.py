@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
-from support import triton_oracle as oracle
-from support.triton_inputs import LAYOUTS, like, placed, random
-from support.triton_tolerance import FUNCTIONS, assert_within
+
+from tests.support import triton_oracle as oracle
+from tests.support.triton_inputs import LAYOUTS, like, placed, random
+from tests.support.triton_tolerance import FUNCTIONS, assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(

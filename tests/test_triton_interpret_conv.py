@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import triton_oracle as oracle
-from support.triton_inputs import LAYOUTS, like, placed, random
-from support.triton_tolerance import assert_within
+
+from tests.support import triton_oracle as oracle
+from tests.support.triton_inputs import LAYOUTS, like, placed, random
+from tests.support.triton_tolerance import assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         "unset TRITON_INTERPRET: interpreted kernels don't compile", allow_module_level=True
     )
 
-from support import static_ledger, triton_ledger
+from tests.support import static_ledger, triton_ledger
 
 NAMES = triton_ledger.names()
 LEDGER = static_ledger.read(triton_ledger.LEDGER)
@@ -29,7 +29,7 @@ def selected():
 
 def test_the_ledger_has_every_kernel_and_configuration():
     assert set(LEDGER) == set(NAMES), (
-        "make it anew: cd tests && python -m support.triton_ledger --missing"
+        "make it anew: python -m tests.support.triton_ledger --missing"
     )
 
 

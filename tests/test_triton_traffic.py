@@ -20,7 +20,8 @@ from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
 from fastalex.kernels.max_pool import max_pool, max_pool_backward
-from support.triton_traffic import counting
+
+from tests.support.triton_traffic import counting
 
 MOST = 1.05
 NORM, WINDOW = (5, 0.3, 0.75, 2.0, 2), ((3, 3), (2, 2), (0, 0))

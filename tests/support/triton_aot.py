@@ -11,10 +11,12 @@ import contextlib
 
 import torch
 import triton
-from support.static_ledger import amd_facts, cubin_facts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from fastalex.kernels import conv_relu_backward
+from tests.support.static_ledger import amd_facts, cubin_facts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,9 +73,9 @@ def compiling(arch: str, only: str):
         if self.__name__ == only:
             compiled.append(compile_launch(arch, self, arguments, options))
 
-    original = JITFunction.run
-    JITFunction.run = run
+    run_before, architecture_before = JITFunction.run, conv_relu_backward.architecture
+    JITFunction.run, conv_relu_backward.architecture = run, lambda device: arch
     try:
         yield compiled
     finally:
-        JITFunction.run = original
+        JITFunction.run, conv_relu_backward.architecture = run_before, architecture_before

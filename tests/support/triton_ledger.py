@@ -11,7 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-from support import static_ledger, triton_aot, triton_cases
+from tests.support import static_ledger, triton_aot, triton_cases
 
 LEDGER = Path(__file__).parent.parent / "ledger" / "triton.json"
 
