@@ -51,7 +51,3 @@ def refuse_normalisation(
             "a negative base may be raised to a power: use k > 0 and a scale that is not negative"
         )
     return None
-
-
-def first(*reasons: str | None) -> str | None:
-    return next((reason for reason in reasons if reason), None)

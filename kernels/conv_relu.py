@@ -29,7 +29,7 @@ from . import _layout as layout
 from ._common import mma, narrow, program_index, widen
 from ._configs import ConvTile, conv_tile, conv_tiles
 from ._conv import Conv, float32_precision, forward_scheme, geometry, refuse_conv
-from ._refuse import first, refuse_four_axes, refuse_tensors
+from ._refuse import refuse_four_axes, refuse_tensors
 from ._tune import remembered
 
 
@@ -315,10 +315,10 @@ def weight_matrix(w: Tensor, conv: Conv, scheme: str, bk: int) -> tuple[Tensor, 
 def refuse_conv_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
 ) -> str | None:
-    return first(
-        refuse_tensors(input, weight, bias),
-        refuse_four_axes(input),
-        refuse_conv(input, weight, bias, stride, padding, dilation, groups),
+    return (
+        refuse_tensors(input, weight, bias)
+        or refuse_four_axes(input)
+        or refuse_conv(input, weight, bias, stride, padding, dilation, groups)
     )
 
 

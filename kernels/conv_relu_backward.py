@@ -31,7 +31,7 @@ from ._configs import (
 )
 from ._conv import Conv, float32_precision, geometry, refuse_conv
 from ._conv_gradients import conv_input_gradient, conv_weight_gradient, mask_gradient, sum_parts
-from ._refuse import first, refuse_four_axes, refuse_tensors
+from ._refuse import refuse_four_axes, refuse_tensors
 from ._tune import remembered
 
 BLOCK = 1024
@@ -48,10 +48,10 @@ def refuse_conv_relu_backward(
     groups: int,
     output_mask,
 ) -> str | None:
-    reason = first(
-        refuse_tensors(grad, output, input, weight),
-        refuse_four_axes(input),
-        refuse_conv(input, weight, None, stride, padding, dilation, groups),
+    reason = (
+        refuse_tensors(grad, output, input, weight)
+        or refuse_four_axes(input)
+        or refuse_conv(input, weight, None, stride, padding, dilation, groups)
     )
     if reason is None and grad.shape != output.shape:
         shapes = tuple(grad.shape), tuple(output.shape)

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _layout as layout
 from ._common import load_span, pack, program_index, store_tile
 from ._configs import Launch, lrn_launch
-from ._refuse import first, refuse_normalisation, refuse_tensors
+from ._refuse import refuse_normalisation, refuse_tensors
 from ._tune import remembered
 
 WIDEST_WINDOW = 33  # wider ones would unroll into too many registers: _lrn_wide.py loops over them
@@ -227,15 +227,13 @@ def lrn_input_gradient(
 def refuse_lrn(
     input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
 ) -> str | None:
-    return first(refuse_tensors(input), refuse_normalisation(input, size, scale, beta, k, groups))
+    return refuse_tensors(input) or refuse_normalisation(input, size, scale, beta, k, groups)
 
 
 def refuse_lrn_backward(
     grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
 ) -> str | None:
-    return first(
-        refuse_tensors(grad, input), refuse_normalisation(input, size, scale, beta, k, groups)
-    )
+    return refuse_tensors(grad, input) or refuse_normalisation(input, size, scale, beta, k, groups)
 
 
 def as_images(x: Tensor) -> Tensor:

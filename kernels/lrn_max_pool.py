@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._configs import Launch
-from ._refuse import first, refuse_four_axes, refuse_normalisation, refuse_tensors
+from ._refuse import refuse_four_axes, refuse_normalisation, refuse_tensors
 from ._tune import remembered
 from .lrn import WIDEST_WINDOW, lrn, lrn_backward, normalisation
 from .max_pool import (
@@ -40,11 +40,11 @@ def refuse_lrn_max_pool(
     ceil_mode: bool,
     save_offsets: bool,
 ) -> str | None:
-    return first(
-        refuse_tensors(input),
-        refuse_four_axes(input),
-        refuse_normalisation(input, size, scale, beta, k, groups),
-        refuse_pool(tuple(input.shape[2:]), kernel_size, stride, padding, (1, 1), ceil_mode),
+    return (
+        refuse_tensors(input)
+        or refuse_four_axes(input)
+        or refuse_normalisation(input, size, scale, beta, k, groups)
+        or refuse_pool(tuple(input.shape[2:]), kernel_size, stride, padding, (1, 1), ceil_mode)
     )
 
 
@@ -61,11 +61,11 @@ def refuse_lrn_max_pool_backward(
     stride,
     padding,
 ) -> str | None:
-    return first(
-        refuse_tensors(grad, input, offsets),
-        refuse_four_axes(input),
-        refuse_normalisation(input, size, scale, beta, k, groups),
-        refuse_saved(grad, offsets, kernel_size),
+    return (
+        refuse_tensors(grad, input, offsets)
+        or refuse_four_axes(input)
+        or refuse_normalisation(input, size, scale, beta, k, groups)
+        or refuse_saved(grad, offsets, kernel_size)
     )
 
 

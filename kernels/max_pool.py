@@ -15,7 +15,7 @@ from . import _layout as layout
 from ._configs import Launch, pool_launch
 from ._pool import Pool, pool_forward
 from ._pool_backward import pool_backward
-from ._refuse import first, refuse_four_axes, refuse_tensors
+from ._refuse import refuse_four_axes, refuse_tensors
 from ._tune import remembered
 
 MOST_ROW_TILES = 65535  # of a CUDA grid's second axis
@@ -58,20 +58,20 @@ def refuse_pool(size, kernel_size, stride, padding, dilation, ceil_mode: bool) -
 def refuse_max_pool(
     input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool, save_offsets: bool
 ) -> str | None:
-    return first(
-        refuse_tensors(input),
-        refuse_four_axes(input),
-        refuse_pool(tuple(input.shape[2:]), kernel_size, stride, padding, dilation, ceil_mode),
+    return (
+        refuse_tensors(input)
+        or refuse_four_axes(input)
+        or refuse_pool(tuple(input.shape[2:]), kernel_size, stride, padding, dilation, ceil_mode)
     )
 
 
 def refuse_max_pool_backward(
     grad: Tensor, offsets: Tensor, input_size, kernel_size, stride, padding, dilation
 ) -> str | None:
-    return first(
-        refuse_tensors(grad, offsets),
-        refuse_four_axes(grad),
-        refuse_saved(grad, offsets, kernel_size),
+    return (
+        refuse_tensors(grad, offsets)
+        or refuse_four_axes(grad)
+        or refuse_saved(grad, offsets, kernel_size)
     )
 
 

@@ -11,11 +11,11 @@ import contextlib
 
 import torch
 import triton
+from fastalex.kernels import conv_relu_backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastalex.kernels import conv_relu_backward
 from tests.support.static_ledger import amd_facts, cubin_facts
 
 TARGETS = {

@@ -21,11 +21,11 @@ here was timed, and nothing ran on a GPU.
 
 | claim | how it is proven | what it leaves open |
 |---|---|---|
-| right values, gradients, offsets, NaN | Triton's interpreter against float64; outputs filled with \
-NaN, inputs surrounded by it | races and memory order; what the compiler does; a GPU's rounding |
+| right values, gradients, offsets, NaN | Triton's interpreter against float64; outputs filled \
+with NaN, inputs surrounded by it | races, memory order, the compiler, a GPU's rounding |
 | bfloat16 rounding | all 65,536 patterns and ties, bit for bit | |
 | the fused pair equals the two operators | bit for bit, values and offsets | |
-| float32 products in TF32 | compiled, with matrix instructions | the interpreter multiplies exactly |
+| float32 in TF32 | compiled, with matrix instructions | the interpreter multiplies exactly |
 | deterministic | no atomics; parts fixed by shape and tile, summed in order | |
 | every selectable configuration compiles | the ledger, for {archs} | that it fits a smaller GPU |
 | LRN, pooling and the pair move at most 1.05 times the compulsory bytes | sectors counted in the \
@@ -53,13 +53,13 @@ Known to fall short:
   4 bytes at a time.
 - The strided input gradient of a 3-channel input pads its 3 channels to 16: 81 % of its matrix work
   is waste. Training never asks for it; a gradient with respect to images does.
-- Convolution + bias + ReLU + max-pool in one kernel was not built: a 3x3/2 window makes neighbouring
-  tiles share rows, and the bytes it would save are those of LRN's input, which training needs.
+- Convolution + bias + ReLU + max-pool in one kernel was not built, so the pooled layers write their
+  map and read it again.
 
 ## Lower bounds, in microseconds
 
-Batch {batch}, float16, from multiply-adds over the published matrix peak and compulsory bytes over the
-published DRAM peak, whichever is larger (f or b). A bound, not a prediction.
+Batch {batch}, float16, from multiply-adds over the published matrix peak and compulsory bytes over
+the published DRAM peak, whichever is larger (f or b). A bound, not a prediction.
 
 {bounds}
 """
