@@ -1,9 +1,8 @@
-"""Which tile each kernel runs with: plain tables, keyed by operator, layout, shape class and
-architecture.
-"""
+"""Which tile each kernel runs with: plain tables by operator, layout, shape class, architecture."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +12,7 @@ from ._conv import Conv
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel that works lane by lane: `block` lanes a program; `rows` output rows each lane walks
-    down.
-    """
+    """A kernel that works lane by lane: `block` lanes a program, `rows` output rows each lane."""
 
     block: int
     warps: int
@@ -24,9 +21,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class ConvTile:
-    """A convolution's tile: m pixels by n + n2 output channels, k products a step, K in `split`
-    parts.
-    """
+    """A convolution's tile: m pixels by n + n2 channels, k products a step, `split` parts of K."""
 
     m: int
     n: int
@@ -132,9 +127,8 @@ CONV_WEIGHT_GRADIENT = {
         ConvTile(32, 16, 0, 64, 4, 3),
     ),
 }
-IEEE_TILE = ConvTile(
-    64, 32, 0, 16, 4, 2
-)  # float32 products outside the tensor cores: registers are all it needs
+# float32 products outside the tensor cores: registers are all it needs
+IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)
 CANDIDATES = 4  # tiles worth measuring for one shape
 NARROWEST = 32  # channels: every table has a tile no wider
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
@@ -170,9 +164,7 @@ def tile_programs(tile: ConvTile, conv: Conv, batch: int) -> int:
 
 
 def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
-    """The tile with K split as the shape alone decides, so that a result never depends on the
-    device.
-    """
+    """The tile with K split as the shape alone decides: no device changes a result's bits."""
     if scheme == "rows":
         return tile
     most = min(
@@ -184,9 +176,7 @@ def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
 
 
 def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
-    """Relative time by a model with three terms: waves of programs, products a step, values a step
-    must load.
-    """
+    """Relative time, by a model: waves of programs, products a step, values a step must load."""
     programs = tile_programs(tile, conv, batch) * tile.split
     waves = -(-programs // FEW_PROGRAMS)
     n = tile.n + tile.n2
@@ -222,15 +212,15 @@ def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
     return -(-programs // FEW_PROGRAMS) * (tile.m * n + 32 * (tile.m + n)) * steps
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90" and such, "gfx942" and such, or "" where there is no GPU."""
+    """A name such as sm_90 or gfx942; empty where there is no GPU."""
     if device.type != "cuda":
         return ""
     properties = torch.cuda.get_device_properties(device)
-    return (
-        getattr(properties, "gcnArchName", "").split(":")[0]
-        or f"sm_{properties.major}{properties.minor}"
-    )
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def outputs_first(tile: ConvTile, arch: str) -> bool:
@@ -244,9 +234,7 @@ def outputs_first(tile: ConvTile, arch: str) -> bool:
 def weight_gradient_tiles(
     conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
 ) -> list[ConvTile]:
-    """Every tile of the weight gradient that can be chosen, with its split, the one expected best
-    first.
-    """
+    """Every tile of the weight gradient that can be chosen, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
         tiles = [replace(IEEE_TILE, m=16, n=32, k=32)]
     else:
@@ -254,9 +242,8 @@ def weight_gradient_tiles(
             replace(t, m=t.m // 2) if dtype == torch.float32 else t
             for t in CONV_WEIGHT_GRADIENT[last]
         ]
-        if arch.startswith(
-            "sm_8"
-        ):  # two accumulators: 255 registers, and x no longer copied asynchronously
+        # two accumulators there: 255 registers, and x no longer copied asynchronously
+        if arch.startswith("sm_8"):
             tiles = [t for t in tiles if not t.n2]
     split = [
         replace(t, split=weight_gradient_split(t, conv, batch))
@@ -277,9 +264,7 @@ def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:
 
 
 def weight_gradient_split(tile: ConvTile, conv: Conv, batch: int) -> int:
-    """Parts the pixels are summed in: enough for two waves of programs, each worth its steps; by
-    the shape alone.
-    """
+    """Parts the pixels are summed in, by the shape alone: enough for two waves of programs."""
     by_pixels = batch * conv.out_pixels // (tile.m * FEWEST_STEPS)
     return max(
         1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +108,16 @@ def collapse(*tensors: Tensor) -> tuple[Plane, list[Strides]]:
             return Plane(1, 1), [Strides(s.column, s.channel, 0, 0) for s in planes]
         return Plane(1, h * w), [Strides(s.image, s.channel, 0, s.column) for s in planes]
     return Plane(h, w), planes
+
+
+def on_its_device(operator: Callable) -> Callable:
+    """The operator on its first argument's device: Triton launches on the current one."""
+
+    @functools.wraps(operator)
+    def run(tensor: Tensor, *arguments, **options):
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return operator(tensor, *arguments, **options)
+        return operator(tensor, *arguments, **options)
+
+    return run

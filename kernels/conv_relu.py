@@ -332,6 +332,7 @@ def tiles(
     return conv_tiles(conv, scheme, x.shape[0], x.dtype, float32_precision())
 
 
+@layout.on_its_device
 def conv_relu(
     input: Tensor,
     weight: Tensor,

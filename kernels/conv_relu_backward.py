@@ -85,6 +85,7 @@ def tiles(
     }
 
 
+@layout.on_its_device
 def conv_relu_backward(
     grad: Tensor,
     output: Tensor,

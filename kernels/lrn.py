@@ -243,6 +243,7 @@ def as_images(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.flatten(2, -2)
 
 
+@layout.on_its_device
 def lrn(
     input: Tensor,
     size: int,
@@ -290,6 +291,7 @@ def forward_narrow(x: Tensor, y: Tensor, norm: Normalisation, last: bool, launch
     )
 
 
+@layout.on_its_device
 def lrn_backward(
     grad: Tensor,
     input: Tensor,

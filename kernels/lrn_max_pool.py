@@ -69,6 +69,7 @@ def refuse_lrn_max_pool_backward(
     )
 
 
+@layout.on_its_device
 def lrn_max_pool(
     input: Tensor,
     size: int,
@@ -110,6 +111,7 @@ def lrn_max_pool(
     )
 
 
+@layout.on_its_device
 def lrn_max_pool_backward(
     grad: Tensor,
     input: Tensor,

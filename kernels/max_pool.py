@@ -84,6 +84,7 @@ def refuse_saved(grad: Tensor, offsets: Tensor, kernel_size) -> str | None:
     return None
 
 
+@layout.on_its_device
 def max_pool(
     input: Tensor,
     kernel_size,
@@ -147,6 +148,7 @@ def run_forward(
     return y, taps if save else taps.view(0)
 
 
+@layout.on_its_device
 def max_pool_backward(
     grad: Tensor,
     offsets: Tensor,
