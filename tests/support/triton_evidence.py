@@ -27,7 +27,8 @@ with NaN, inputs surrounded by it | races, memory order, the compiler, a GPU's r
 | the fused pair equals the two operators | bit for bit, values and offsets | |
 | float32 in TF32 | compiled, with matrix instructions | the interpreter multiplies exactly |
 | deterministic | no atomics; parts fixed by shape and tile, summed in order | |
-| every selectable configuration compiles | the ledger, for {archs} | that it fits a smaller GPU |
+| every selectable configuration compiles | the ledger, for sm_80, sm_90, sm_100 | smaller GPUs |
+| the chosen float16 ones compile for AMD | the ledger, for gfx942 | the other ones |
 | LRN, pooling and the pair move at most 1.05 times the compulsory bytes | sectors counted in the \
 interpreter, over the grid | that caches keep what a program rereads |
 | eight-warp tiles | executed in the interpreter, compiled | right on hardware: the tuner compares \
@@ -137,7 +138,6 @@ def bounds() -> str:
 def document() -> str:
     ledger = static_ledger.read(triton_ledger.LEDGER)
     return TEXT.format(
-        archs=", ".join(ARCHS),
         spills=sum(facts["spills"] for facts in ledger.values()),
         entries=len(ledger),
         batch=BATCH,
