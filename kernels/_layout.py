@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._geometry import is_channels_last as is_channels_last  # the rule the fakes follow too
+
 WIDE_FROM = 2**31 - 2**20  # a block's last lanes lie beyond the tensor's end
 
 
@@ -33,15 +35,6 @@ class Plane:
 
 def strides(x: Tensor) -> Strides:
     return Strides(x.stride(0), x.stride(1), x.stride(2), x.stride(3))
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x [N, C, H, W] is channels_last, or a slice of such, and not also NCHW."""
-    if x.is_contiguous():
-        return False
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    return x.stride(1) == 1 and x.stride(3) != 1
 
 
 def layout_note(x: Tensor) -> str | None:
