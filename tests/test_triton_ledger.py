@@ -22,9 +22,12 @@ QUICK_ARCH = "sm_90"
 
 
 def selected():
+    found = []
     for name, (case, arch) in NAMES.items():
         quick = case.quick and arch == QUICK_ARCH
-        yield pytest.param(case, arch, id=name, marks=[] if quick else pytest.mark.slow)
+        marks = [] if quick else pytest.mark.slow
+        found.append(pytest.param(case, arch, id=name, marks=marks))
+    return found
 
 
 def test_the_ledger_has_every_kernel_and_configuration():
