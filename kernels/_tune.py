@@ -51,7 +51,8 @@ def environment(device: torch.device) -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    cuda = device.type == "cuda" and torch.cuda.is_available()  # a fake tensor needs no GPU
+    name = torch.cuda.get_device_name(device) if cuda else device.type
     return f"{name}, triton {triton.__version__}, kernels {digest.hexdigest()[:16]}"
 
 
@@ -128,21 +129,29 @@ def tune(
     arguments: Sequence[Any],
     candidates: Sequence[Config],
     agrees: Callable[[Any], bool],
+    stock: Callable[[], Any] | None,
     time: Callable[[Callable[[], Any]], float] = triton.testing.do_bench,
 ) -> list[Trial]:
     """Runs operator(*arguments, option=candidate) for each candidate, remembers the fastest whose
-    result agrees.
+    result agrees; given the stock call it stands in for, only if it is faster than that. A
+    convolution with a record is preferred to cuDNN: give its stock call.
 
     A candidate that fails to compile or launch, or whose result is wrong, is never chosen: the
     trial says why.
     """
     trials = [attempt(operator, option, arguments, config, agrees, time) for config in candidates]
     trusted = [t for t in trials if t.milliseconds is not None]
-    if trusted:
-        fastest = min(trusted, key=lambda t: t.milliseconds or 0.0)
+    fastest = min(trusted, key=lambda t: t.milliseconds or 0.0, default=None)
+    if fastest is not None:
+        key = call_key(operator.__name__, option, arguments)
+        wins = stock is None or (fastest.milliseconds or 0.0) < time(stock)
         path, entries = cache_file(), memory()
-        entries[call_key(operator.__name__, option, arguments)] = fastest.config
-        save(path, {**load(path), **entries})
+        if wins:
+            entries[key] = fastest.config
+        else:
+            entries.pop(key, None)
+        kept = {name: config for name, config in load(path).items() if name != key}
+        save(path, {**kept, **entries})
     return trials
 
 

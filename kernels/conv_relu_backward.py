@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._geometry import empty_in_layout
 from . import _layout as layout
 from ._configs import (
     ConvTile,
@@ -126,7 +127,7 @@ def conv_relu_backward(
                 dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile
             )
     if output_mask[1]:
-        gw = torch.empty_like(weight)
+        gw = empty_in_layout(weight, weight.shape)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
         run_weight_gradient(dz, x, gw, gb, conv, last, output_mask[2], precision, weight_tile)
     elif output_mask[2]:

@@ -31,15 +31,17 @@ def operator(x, scale, launch):
     return x * scale + (1 if launch == WRONG else 0)
 
 
-def run_tune(x):
+def run_tune(x, stock=None):
     def time(run):
+        if run is stock:
+            return run()
         run()
         return TIMES[operator.ran]
 
     def agrees(y):
         return torch.equal(y, x * 2)
 
-    return _tune.tune(operator, "launch", (x, 2), (SLOW, FAST, WRONG, BROKEN), agrees, time)
+    return _tune.tune(operator, "launch", (x, 2), (SLOW, FAST, WRONG, BROKEN), agrees, stock, time)
 
 
 def test_the_fastest_right_candidate_is_remembered_across_processes():
@@ -53,6 +55,16 @@ def test_the_fastest_right_candidate_is_remembered_across_processes():
     assert _tune.remembered("operator", "launch", (x, 3)) is None
     assert _tune.remembered("operator", "launch", (x.t(), 2)) is None
     assert _tune.remembered("operator", "launch", (x.half(), 2)) is None
+
+
+def test_only_a_candidate_faster_than_stock_is_remembered():
+    x = torch.ones(1)
+    run_tune(x, stock=lambda: 1.5)
+    assert _tune.remembered("operator", "launch", (x, 2)) == FAST
+    run_tune(x, stock=lambda: 0.9)
+    for _ in range(2):  # in this process, then from the file
+        assert _tune.remembered("operator", "launch", (x, 2)) is None
+        _tune.memory.cache_clear()
 
 
 def test_entries_of_other_processes_are_kept(folder):

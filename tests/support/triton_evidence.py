@@ -1,4 +1,4 @@
-"""Writes docs/gpu-evidence-triton.md from the ledger: python -m tests.support.triton_evidence."""
+"""Writes docs/gpu-evidence.md from the ledger: python -m tests.support.triton_evidence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support import static_ledger, triton_ledger
 from tests.support.triton_cases import LAYERS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu-evidence-triton.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu-evidence.md"
 BATCH, BYTES = 128, 2
 # published dense peaks: float16 matrix TFLOP/s, DRAM GB/s
 PEAKS = {"A100 80GB": (312, 2039), "H100 SXM": (989, 3350), "B200": (2250, 8000)}
