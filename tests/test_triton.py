@@ -26,7 +26,13 @@ HERE = Path(__file__).parent
     "selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
 )
 @pytest.mark.parametrize(
-    "name", ["test_triton_interpret.py", "test_triton_interpret_conv.py", "test_triton_interpret_ops.py", "test_triton_traffic.py"]
+    "name",
+    [
+        "test_triton_interpret.py",
+        "test_triton_interpret_conv.py",
+        "test_triton_interpret_ops.py",
+        "test_triton_traffic.py",
+    ],
 )
 def test_in_the_interpreter(name, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
