@@ -90,13 +90,13 @@ def test_a_cpu_tensor_is_refused_when_forced(monkeypatch):
 def test_calls_on_the_cpu_import_no_triton():
     """Nor need it: here it cannot be imported at all."""
     code = (
-        "import sys; sys.modules['triton'] = None\n"
+        "import os, sys; os.environ.pop('TRITON_INTERPRET', None); sys.modules['triton'] = None\n"
         "import torch, fastalex\n"
         "x = torch.randn(1, 8, 9, 9)\n"
         "fastalex.ops.conv2d_relu(x, torch.randn(4, 8, 3, 3))\n"
         "fastalex.ops.lrn_max_pool2d(x, 5)\n"
         "fastalex.explain('lrn', x, 5)\n"
-        "assert not [m for m in sys.modules if m.startswith('fastalex.kernels.lrn')]"
+        "assert not [m for m in sys.modules if m.startswith('fastalex.kernels')]"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,14 @@ def missing() -> str | None:
     return None
 
 
+def _interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
+    return "TRITON_INTERPRET" in os.environ and bool(_module("_refuse").interpreting())
+
+
 def _refuse_untouched(first: Tensor) -> str | None:
     """What can be refused without importing Triton."""
-    if first.device.type != "cuda" and not _module("_refuse").interpreting():
+    if first.device.type != "cuda" and not _interpreting():
         return f"it runs on CUDA tensors, and this one is on {first.device}"
     return missing()
 
