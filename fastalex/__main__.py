@@ -10,6 +10,7 @@ import torch
 import fastalex
 from fastalex import _native
 from fastalex.backends import NAMES
+from fastalex.ops import _triton
 from fastalex.ops._operator import REGISTRY
 
 
@@ -28,6 +29,8 @@ def _backend_state(name: str) -> str:
             return f"absent: {_native.error}"
         available = ", ".join(_native.available_isas())
         return f"{_native.isa()} kernels (this CPU runs {available}); {len(served)} operators"
+    if name == "triton" and (reason := _triton.missing()) is not None:
+        return f"absent: {reason}"
     return f"{len(served)} operators" if served else "no operators in this version"
 
 

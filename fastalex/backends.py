@@ -32,6 +32,11 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 )
 
 
+def forced() -> str | None:
+    """The backend that ``use_backend`` or FASTALEX_BACKEND asks for; None in `auto`."""
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs every fastalex operator inside the ``with`` block on one backend.
@@ -73,24 +78,24 @@ class KernelTable:
 
     def choose(self, *args: Any) -> Kernel:
         """The kernel that serves this call; raises BackendError where a forced one cannot."""
-        forced = _forced.get()
-        if forced is not None:
-            return self._forced_kernel(forced, args)
+        name = forced()
+        if name is not None:
+            return self._forced_kernel(name, args)
         for kernel in self.kernels:
             if kernel.refuse(*args) is None:
                 return kernel
         reasons = "; ".join(f"{k.backend}: {k.refuse(*args)}" for k in self.kernels)
         raise BackendError(f"no backend can run {self.op}: {reasons}")
 
-    def _forced_kernel(self, forced: str, args: tuple[Any, ...]) -> Kernel:
+    def _forced_kernel(self, name: str, args: tuple[Any, ...]) -> Kernel:
         for kernel in self.kernels:
-            if kernel.backend == forced:
+            if kernel.backend == name:
                 reason = kernel.refuse(*args)
                 if reason is None:
                     return kernel
-                raise BackendError(f"backend '{forced}' cannot run this {self.op}: {reason}")
+                raise BackendError(f"backend '{name}' cannot run this {self.op}: {reason}")
         have = ", ".join(kernel.backend for kernel in self.kernels)
-        raise BackendError(f"{self.op} has no backend '{forced}'; it has {have}")
+        raise BackendError(f"{self.op} has no backend '{name}'; it has {have}")
 
     def explain(self, *args: Any) -> str:
         """A line per backend: chosen, able, or refused and why."""
@@ -98,7 +103,7 @@ class KernelTable:
             chosen = self.choose(*args).backend
         except BackendError:
             chosen = None
-        lines = [f"{self.op}: runs on {chosen or 'nothing'}" + (" (forced)" * bool(_forced.get()))]
+        lines = [f"{self.op}: runs on {chosen or 'nothing'}" + (" (forced)" * bool(forced()))]
         for kernel in self.kernels:
             reason = kernel.refuse(*args)
             verdict = "chosen" if kernel.backend == chosen else "able, not needed"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
-from fastalex.ops import _onednn
+from fastalex.ops import _onednn, _triton
 from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
 from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
 
@@ -80,6 +80,10 @@ def _torch_backward(
 CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
 CONV_RELU.kernels.add("onednn", _onednn.conv_relu, _onednn.refuse)
 CONV_RELU_BACKWARD.kernels.add("torch", _torch_backward, no_refusal)
+CONV_RELU.kernels.add("triton", *_triton.contested("conv_relu", ("tile",)))
+CONV_RELU_BACKWARD.kernels.add(
+    "triton", *_triton.contested("conv_relu_backward", ("input_tile", "weight_tile"))
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _torch
+from fastalex.ops import _cpu, _torch, _triton
 from fastalex.ops._arguments import lrn_scale
 from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 
@@ -33,6 +33,8 @@ LRN.kernels.add("torch", _torch.in_layout(reference.lrn, 0), no_refusal)
 LRN_BACKWARD.kernels.add("torch", _torch.in_layout(reference.lrn_backward, 1), no_refusal)
 LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
 LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
+LRN.kernels.add("triton", *_triton.kernel("lrn", "lrn"))
+LRN_BACKWARD.kernels.add("triton", *_triton.kernel("lrn", "lrn_backward"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

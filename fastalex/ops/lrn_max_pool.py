@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _torch
+from fastalex.ops import _cpu, _torch, _triton
 from fastalex.ops._arguments import Pair, lrn_scale, require_tensor
 from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
 from fastalex.ops.max_pool import fake_pool, must_save_offsets, pool_geometry, require_poolable
@@ -87,6 +87,10 @@ LRN_MAX_POOL_BACKWARD.kernels.add(
 )
 LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
 LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
+LRN_MAX_POOL.kernels.add("triton", *_triton.kernel("lrn_max_pool", "lrn_max_pool"))
+LRN_MAX_POOL_BACKWARD.kernels.add(
+    "triton", *_triton.kernel("lrn_max_pool", "lrn_max_pool_backward")
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

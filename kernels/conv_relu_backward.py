@@ -1,0 +1,263 @@
+"""Gradients of y = relu(conv2d(x, w) + b), as implicit matrix products on tensor cores.
+
+    dz                = g where y > 0 or y is NaN, else 0
+    gx[pixel, c]      = sum over taps, o   dz[(pixel + P - D (r, s)) / S, o] w[o, c, r, s]
+    gw[o, (r, s, c)]  = sum over pixels    dz[pixel, o] x[S pixel - P + D (r, s), c]
+    gb[o]             = sum over pixels    dz[pixel, o]                  in the same pass
+
+Masking inside the products would copy y beside g in every tile (40 to 73 % more copies), so dz is
+made once: by whoever makes g where that is one of these kernels (mask_grad_input here, relu of
+lrn_max_pool_backward), else in one pass of its own. A stride is taken by phases: the input pixels
+of one phase see the same kernel taps, and are a convolution of stride 1. The weight gradient's
+pixels are split in parts that the shape alone decides, each a float32 sum of its own that sum_parts
+adds in order: the same bits every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .._geometry import empty_in_layout
+from . import _layout as layout
+from ._configs import (
+    ConvTile,
+    architecture,
+    input_gradient_tile,
+    input_gradient_tiles,
+    outputs_first,
+    weight_gradient_tile,
+    weight_gradient_tiles,
+)
+from ._conv import Conv, float32_precision, geometry, refuse_conv
+from ._conv_gradients import conv_input_gradient, conv_weight_gradient, mask_gradient, sum_parts
+from ._refuse import refuse_four_axes, refuse_tensors
+from ._tune import remembered
+
+BLOCK = 1024
+
+
+def refuse_conv_relu_backward(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
+) -> str | None:
+    reason = (
+        refuse_tensors(grad, output, input, weight)
+        or refuse_four_axes(input)
+        or refuse_conv(input, weight, None, stride, padding, dilation, groups)
+    )
+    if reason is None and grad.shape != output.shape:
+        shapes = tuple(grad.shape), tuple(output.shape)
+        reason = f"a gradient of {shapes[0]} doesn't belong to an output of {shapes[1]}"
+    return reason
+
+
+def tiles(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
+) -> dict[str, list[ConvTile]]:
+    """Of each option of conv_relu_backward, the tiles it can choose from, the one it takes untuned
+    first.
+    """
+    x = layout.readable(input)
+    conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
+    batch, precision = x.shape[0], float32_precision()
+    last = layout.is_channels_last(x)
+    return {
+        "input_tile": input_gradient_tiles(conv, last, batch, x.dtype, precision),
+        "weight_tile": weight_gradient_tiles(
+            conv, last, batch, x.dtype, precision, architecture(x.device)
+        ),
+    }
+
+
+@layout.on_its_device
+def conv_relu_backward(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride,
+    padding,
+    dilation,
+    groups: int,
+    output_mask,
+    *,
+    grad_is_masked: bool = False,
+    mask_grad_input: bool = False,
+    precision: str | None = None,
+    input_tile: ConvTile | None = None,
+    weight_tile: ConvTile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_input, grad_weight, grad_bias), each of size 0 where output_mask doesn't ask for it.
+
+    grad_is_masked: grad is zero wherever output is. mask_grad_input: input is itself a ReLU's
+    output, and the gradient wanted is that of the ReLU's input.
+    """
+    x = layout.readable(input)
+    last = layout.is_channels_last(x)
+    conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
+    precision = precision or float32_precision()
+    if precision != "ieee":
+        call = (grad, output, input, weight, stride, padding, dilation, groups, output_mask)
+        input_tile = input_tile or remembered("conv_relu_backward", "input_tile", call)
+        weight_tile = weight_tile or remembered("conv_relu_backward", "weight_tile", call)
+    dz = grad if grad_is_masked else masked(grad, output, last)
+    dz = layout.in_layout(dz, last)
+    gx, gw, gb = (input.new_empty(0) for _ in range(3))
+    if output_mask[0]:
+        gx = layout.empty(x, tuple(x.shape), last)
+        if gx.numel():
+            run_input_gradient(
+                dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile
+            )
+    if output_mask[1]:
+        gw = empty_in_layout(weight, weight.shape)
+        gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
+        run_weight_gradient(dz, x, gw, gb, conv, last, output_mask[2], precision, weight_tile)
+    elif output_mask[2]:
+        gb = dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+    return gx, gw, gb
+
+
+def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
+    """The gradient behind the ReLU, in one pass."""
+    g, y = (t.contiguous(memory_format=layout.memory_format(last)) for t in (grad, output))
+    dz = torch.empty_like(y)
+    if dz.numel():
+        mask_gradient[(triton.cdiv(dz.numel(), BLOCK),)](
+            g, y, dz, dz.numel(), layout.needs_wide(dz), BLOCK
+        )
+    return dz
+
+
+def run_input_gradient(
+    dz: Tensor,
+    w: Tensor,
+    x: Tensor,
+    gx: Tensor,
+    conv: Conv,
+    last: bool,
+    mask: bool,
+    precision: str,
+    tile: ConvTile | None,
+) -> None:
+    tile = tile or input_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision)
+    pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
+    columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
+    conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](
+        dz,
+        w,
+        x,
+        gx,
+        dz.shape[0],
+        layout.strides(dz),
+        layout.strides(w),
+        layout.strides(x),
+        layout.strides(gx),
+        conv,
+        mask,
+        precision,
+        layout.needs_wide(dz, x, gx),
+        tile.m,
+        tile.n,
+        tile.n2,
+        tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def aligned_run(conv: Conv, x: Tensor) -> tuple[int, bool]:
+    """(pitch of a kernel row on the weight gradient's N axis, whether x may be read that far).
+
+    The pitch is 0 where rows of x aren't taken whole.
+    """
+    run = conv.s * conv.inputs
+    if (
+        x.stride(1) != 1
+        or x.stride(3) != conv.inputs
+        or conv.dw != 1
+        or conv.groups != 1
+        or conv.inputs > 4
+    ):
+        return 0, False
+    pitch = -(-run // 4) * 4
+    end = (conv.out_columns - 1) * conv.sw * conv.inputs + pitch  # in a row of x
+    last_row = sum(
+        (n - 1) * stride for n, stride in ((x.shape[0], x.stride(0)), (conv.rows, x.stride(2)))
+    )
+    stored = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return pitch, conv.inside and end <= x.stride(2) and last_row + end <= stored
+
+
+def run_weight_gradient(
+    dz: Tensor,
+    x: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    conv: Conv,
+    last: bool,
+    bias: bool,
+    precision: str,
+    tile: ConvTile | None,
+) -> None:
+    arch = architecture(x.device)
+    tile = tile or weight_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision, arch)
+    run, read_past = aligned_run(conv, x)
+    length = gw.numel() + gw.shape[0]
+    parts = torch.empty((tile.split, length), dtype=torch.float32, device=x.device)
+    grid = (
+        triton.cdiv(conv.r * run if run else conv.products, tile.k),
+        triton.cdiv(conv.outputs, tile.n + tile.n2) * conv.groups,
+        tile.split,
+    )
+    conv_weight_gradient[grid](
+        dz,
+        x,
+        parts,
+        dz.shape[0],
+        layout.strides(dz),
+        layout.strides(x),
+        conv,
+        run,
+        read_past,
+        not last,
+        outputs_first(tile, arch),
+        precision,
+        layout.needs_wide(dz, x),
+        tile.split,
+        tile.n,
+        tile.n2,
+        tile.k,
+        tile.m,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    sum_parts[(triton.cdiv(length, BLOCK),)](
+        parts,
+        gw,
+        gb if bias else gw,
+        layout.strides(gw),
+        conv,
+        not last,
+        tile.split,
+        True,
+        bias,
+        BLOCK,
+    )

@@ -1,0 +1,142 @@
+"""Max-pooling of a local response normalization in one pass: the normalised map is never written.
+
+Equals max_pool(lrn(x)) bit for bit, as the normalised value is rounded to x's type before
+comparing. Forward reads x once and writes y and one offset byte an output; backward reads x, the
+gradient and the offsets, recomputes the normalisation and writes the gradient of x. The kernels are
+in _pool.py.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _layout as layout
+from ._configs import Launch
+from ._refuse import refuse_four_axes, refuse_normalisation, refuse_tensors
+from ._tune import remembered
+from .lrn import WIDEST_WINDOW, lrn, lrn_backward, normalisation
+from .max_pool import (
+    Pool,
+    geometry,
+    max_pool,
+    max_pool_backward,
+    refuse_pool,
+    refuse_saved,
+    run_backward,
+    run_forward,
+)
+
+
+def refuse_lrn_max_pool(
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size,
+    stride,
+    padding,
+    ceil_mode: bool,
+    save_offsets: bool,
+) -> str | None:
+    return (
+        refuse_tensors(input)
+        or refuse_four_axes(input)
+        or refuse_normalisation(input, size, scale, beta, k, groups)
+        or refuse_pool(tuple(input.shape[2:]), kernel_size, stride, padding, (1, 1), ceil_mode)
+    )
+
+
+def refuse_lrn_max_pool_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size,
+    stride,
+    padding,
+) -> str | None:
+    return (
+        refuse_tensors(grad, input, offsets)
+        or refuse_four_axes(input)
+        or refuse_normalisation(input, size, scale, beta, k, groups)
+        or refuse_saved(grad, offsets, kernel_size)
+    )
+
+
+@layout.on_its_device
+def lrn_max_pool(
+    input: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size,
+    stride,
+    padding,
+    ceil_mode: bool,
+    save_offsets: bool,
+    *,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output, offsets) of max_pool(lrn(input)); a window too wide to unroll runs as the two
+    operators in turn.
+    """
+    norm = normalisation(input.shape[1], size, scale, beta, k, groups)
+    if norm.window > WIDEST_WINDOW:
+        normal = lrn(input, size, scale, beta, k, groups)
+        return max_pool(normal, kernel_size, stride, padding, (1, 1), ceil_mode, save_offsets)
+    pool = geometry(input.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)
+    call = (
+        input,
+        size,
+        scale,
+        beta,
+        k,
+        groups,
+        kernel_size,
+        stride,
+        padding,
+        ceil_mode,
+        save_offsets,
+    )
+    return run_forward(
+        input, pool, norm, save_offsets, launch or remembered("lrn_max_pool", "launch", call)
+    )
+
+
+@layout.on_its_device
+def lrn_max_pool_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    kernel_size,
+    stride,
+    padding,
+    *,
+    relu: bool = False,
+    launch: Launch | None = None,
+) -> Tensor:
+    """The gradient of input. relu: input is a ReLU's output, so go back through that too, at no
+    cost.
+    """
+    norm = normalisation(input.shape[1], size, scale, beta, k, groups)
+    if norm.window > WIDEST_WINDOW:
+        g = max_pool_backward(grad, offsets, input.shape[2:], kernel_size, stride, padding, (1, 1))
+        gx = lrn_backward(g, input, size, scale, beta, k, groups)
+        return gx.masked_fill_(input <= 0, 0) if relu else gx
+    pool = Pool(*input.shape[2:], *grad.shape[2:], *kernel_size, *stride, *padding, 1, 1)
+    call = (grad, input, offsets, size, scale, beta, k, groups, kernel_size, stride, padding)
+    launch = launch or remembered("lrn_max_pool_backward", "launch", call)
+    return run_backward(grad, offsets, layout.readable(input), pool, norm, relu, launch)

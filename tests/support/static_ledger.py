@@ -1,0 +1,221 @@
+"""What the machine code of a compiled kernel shows without a GPU, and how a ledger of such facts is
+compared.
+
+    facts = cubin_facts(cubin_bytes, threads=256)     NVIDIA, any compiler
+    facts = amd_facts(assembly_text, threads=256)     AMD, from Triton's `amdgcn` stage
+    problems = regressions(recorded, found)            [] or one sentence a regression
+
+A ledger is a JSON object {case name: facts}; `write` sorts it so that its diffs can be reviewed.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# per SM: warps, blocks, bytes of shared memory
+SM_LIMITS = {
+    80: (64, 32, 164 << 10),
+    86: (48, 16, 100 << 10),
+    89: (48, 24, 100 << 10),
+    90: (64, 32, 228 << 10),
+    100: (64, 32, 228 << 10),
+    120: (48, 24, 100 << 10),
+}
+RESERVED_SHARED = 1024  # the driver's own, a block, from sm_80 on
+MMA = re.compile(r"(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
+COUNT_SLACK = 0.05  # a compiler's schedule may move counts this much
+
+
+def tool(name: str) -> str:
+    """Path of a CUDA binary utility."""
+    try:
+        import triton
+
+        bundled = glob.glob(
+            os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin", name)
+        )
+    except ImportError:
+        bundled = []
+    found = (bundled or [shutil.which(name) or f"/usr/local/cuda/bin/{name}"])[0]
+    if not os.path.exists(found):
+        raise FileNotFoundError(f"{name} is not there: install triton or the CUDA toolkit")
+    return found
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def cubin_facts(
+    cubin: bytes, threads: int, shared: int | None = None, kernel: str | None = None
+) -> dict:
+    """Facts of one kernel; `shared` is what a launch asks for, where the cubin doesn't say."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        arch = int(re.search(r"sm_(\d+)", run_tool("cuobjdump", "-elf", file.name))[1])
+        code = instructions(run_tool("nvdisasm", "-c", file.name), kernel)
+    name = re.escape(kernel) if kernel else r"\S+"
+    registers, static = map(
+        int, re.search(rf"Function {name}:\s*\n\s*REG:(\d+).*?SHARED:(\d+)", usage).groups()
+    )
+    shared = static if shared is None else shared
+    ops = [op for op, _ in code]
+    loops = inner_loops(code)
+    return {
+        "registers": registers,
+        "spills": sum(op.startswith(("LDL", "STL")) for op in ops),
+        "shared": shared,
+        "warps": -(-threads // 32),
+        "occupancy": occupancy(arch, -(-threads // 32), registers, shared),
+        "mma": tally(
+            re.sub(r"\.(BF16|F16|F32|TF32|SP|gdesc)\b", "", op) for op in ops if MMA.match(op)
+        ),
+        "loads": widths(ops, "LDG"),
+        "async_loads": widths(ops, "LDGSTS"),
+        "stores": widths(ops, "STG"),
+        "shared_accesses": sum(op.startswith(("LDS", "STS")) for op in ops),
+        "shuffles": sum(op.startswith("SHFL") for op in ops),
+        "barriers": sum(op.startswith("BAR") for op in ops),
+        "instructions": len(ops),
+        "inner_loops": [len(body) for body in loops],
+    }
+
+
+def instructions(sass: str, kernel: str | None) -> list[tuple[str, str]]:
+    """(opcode, operands), with ("label", name) where a branch may land."""
+    code, inside = [], kernel is None
+    for line in sass.splitlines():
+        if section := re.match(r"\.text\.(\S+):", line.strip()):
+            inside = kernel in (None, section[1])
+        elif inside and (label := re.match(r"\s*(\.L\S+):", line)):
+            code.append(("label", label[1]))
+        elif inside and (
+            op := re.search(
+                r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line
+            )
+        ):
+            code.append((op[1], op[2]))
+    return code
+
+
+def inner_loops(code: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """The bodies of loops that hold no other loop."""
+    place = {name: i for i, (op, name) in enumerate(code) if op == "label"}
+    loops = []
+    for i, (op, operands) in enumerate(code):
+        target = re.search(r"\.L\w+", operands) if op.startswith("BRA") else None
+        if target and place.get(target[0], i) < i and code[i][1].strip("`()") != "":
+            loops.append((place[target[0]], i))
+    bodies = [
+        [c for c in code[a : b + 1] if c[0] != "label"]
+        for a, b in loops
+        if not holds_another(a, b, loops)
+    ]
+    return [
+        body for body in bodies if len(body) > 1
+    ]  # the trap a kernel ends with branches to itself
+
+
+def holds_another(begin: int, end: int, loops: list[tuple[int, int]]) -> bool:
+    return any((a, b) != (begin, end) and a >= begin and b <= end for a, b in loops)
+
+
+def tally(names) -> dict[str, int]:
+    return dict(sorted(collections.Counter(names).items()))
+
+
+def widths(ops: list[str], opcode: str) -> dict[str, int]:
+    """{bytes a lane: how many instructions}, of global accesses with this opcode."""
+    return tally(str(width(op)) for op in ops if op.split(".")[0] == opcode)
+
+
+def width(op: str) -> int:
+    if wide := re.search(r"\.(128|64)\b", op):
+        return int(wide[1]) // 8
+    return 2 if re.search(r"\.[US]16\b", op) else 1 if re.search(r"\.[US]8\b", op) else 4
+
+
+def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
+    """Resident warps over possible ones."""
+    most_warps, most_blocks, most_shared = SM_LIMITS[arch]
+    of_a_warp = max(-(-registers * 32 // 256) * 256, 256)
+    by_registers = (16384 // of_a_warp) * 4 // warps  # each quarter of an SM holds 16384
+    by_shared = most_shared // (-(-(shared + RESERVED_SHARED) // 128) * 128)
+    return round(
+        min(most_warps // warps, by_registers, by_shared, most_blocks) * warps / most_warps, 3
+    )
+
+
+def amd_facts(assembly: str, threads: int, shared: int) -> dict:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    ops = re.findall(r"^\s+([a-z][a-z0-9_]+)\s", assembly, re.M)
+    return {
+        "registers": field("vgpr_count"),
+        "accumulators": field("agpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "shared": shared,
+        "warps": -(-threads // 64),
+        "mma": tally(op for op in ops if op.startswith("v_mfma")),
+        "loads": tally(op for op in ops if re.match(r"(global|buffer|flat)_load", op)),
+        "stores": tally(op for op in ops if re.match(r"(global|buffer|flat)_store", op)),
+        "instructions": len(ops),
+    }
+
+
+def regressions(recorded: dict, found: dict) -> list[str]:
+    """What got worse, or moved by more than COUNT_SLACK, since the ledger was written."""
+    problems = []
+    if found["spills"]:
+        problems.append(f"{found['spills']} spills")
+    if found.get("occupancy", 1) < recorded.get("occupancy", 0):
+        problems.append(f"occupancy {recorded['occupancy']} -> {found['occupancy']}")
+    if bool(recorded["mma"]) != bool(found["mma"]):
+        problems.append(f"matrix instructions {recorded['mma']} -> {found['mma']}")
+    for kind in ("loads", "async_loads", "stores"):
+        before, after = recorded.get(kind, {}), found.get(kind, {})
+        if narrowest(after) < narrowest(before):
+            problems.append(f"narrower {kind}: {before} -> {after}")
+        if moved(sum(before.values()), sum(after.values())):
+            problems.append(f"{kind} {before} -> {after}")
+    if recorded.get("async_loads") and not found.get("async_loads"):
+        problems.append("loads are no longer asynchronous")
+    if moved(sum(recorded["mma"].values()), sum(found["mma"].values())):
+        problems.append(f"matrix instructions {recorded['mma']} -> {found['mma']}")
+    if moved(recorded["instructions"], found["instructions"]):
+        problems.append(f"instructions {recorded['instructions']} -> {found['instructions']}")
+    if moved(sum(recorded.get("inner_loops", [])), sum(found.get("inner_loops", []))):
+        problems.append(f"inner loops {recorded['inner_loops']} -> {found['inner_loops']}")
+    return problems
+
+
+def narrowest(widths: dict[str, int]) -> int:
+    sizes = [int(w) for w in widths if w.isdigit()]
+    return min(sizes, default=16)
+
+
+def moved(before: int, after: int) -> bool:
+    return abs(after - before) > max(COUNT_SLACK * before, 1)
+
+
+def read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def write(path: str | Path, ledger: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"  {json.dumps(name)}: {json.dumps(ledger[name])}" for name in sorted(ledger)]
+    Path(path).write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -1,0 +1,214 @@
+"""Every launch the ledger records: each kernel on the network's shapes, with each configuration
+that can be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from fastalex.kernels import _configs as configs
+from fastalex.kernels._conv import forward_scheme, geometry
+from fastalex.kernels._layout import strides
+from fastalex.kernels.conv_relu import conv_relu
+from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.lrn import lrn, lrn_backward
+from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
+from fastalex.kernels.max_pool import max_pool, max_pool_backward
+from torch import Tensor
+
+BATCH = 128
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LRN = (5, 2e-5, 0.75, 2.0, 2)
+POOL = ((3, 3), (2, 2), (0, 0))
+LAYERS = {  # [C, H, W], row pitch in pixels, O, kernel, stride, padding, groups
+    "conv1": ((3, 227, 227), 228, 96, 11, 4, 0, 1),
+    "conv1-unpadded": ((3, 227, 227), 227, 96, 11, 4, 0, 1),
+    "conv2": ((96, 27, 27), 27, 256, 5, 1, 2, 2),
+    "conv3": ((256, 13, 13), 13, 384, 3, 1, 1, 1),
+    "conv4": ((384, 13, 13), 13, 384, 3, 1, 1, 2),
+    "conv5": ((384, 13, 13), 13, 256, 3, 1, 1, 2),
+    "narrow": (
+        (32, 13, 13),
+        13,
+        32,
+        3,
+        1,
+        1,
+        2,
+    ),  # not of the network: few channels a group take the smallest tiles
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches of `kernel` are compiled; quick cases are compiled in every run of the
+    tests.
+    """
+
+    name: str
+    kernel: str
+    call: Callable[[], object]
+    quick: bool = False
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def layer(name: str, batch: int, dtype: torch.dtype, last: bool):
+    """(input, weight, bias, stride, padding, dilation, groups) of a layer of the network."""
+    (c, h, w), pitch, o, kernel, stride, padding, groups = LAYERS[name]
+    x = meta((batch, c, h, pitch), dtype, last)[..., :w]
+    weight = meta((o, c // groups, kernel, kernel), dtype, last)
+    return x, weight, meta((o,), dtype, False), (stride,) * 2, (padding,) * 2, (1, 1), groups
+
+
+def describe(config) -> str:
+    if isinstance(config, configs.Launch):
+        return f"{config.block}x{config.rows}w{config.warps}"
+    second = f"+{config.n2}" if config.n2 else ""
+    split = f"/{config.split}" if config.split > 1 else ""
+    return f"{config.m}x{config.n}{second}x{config.k}w{config.warps}s{config.stages}{split}"
+
+
+def pointwise_cases(dtype_name: str, last: bool, every: bool) -> Iterator[Case]:
+    """LRN, pooling and both, on the first norm's shape."""
+    dtype = DTYPES[dtype_name]
+    x, pooled = meta((BATCH, 96, 55, 55), dtype, last), meta((BATCH, 96, 27, 27), dtype, last)
+    taps = meta((BATCH, 96, 27, 27), torch.uint8, last)
+    where = f"{dtype_name}/{'nhwc' if last else 'nchw'}"
+
+    def each(table, key, name: str, kernel: str, call) -> Iterator[Case]:
+        for i, launch in enumerate(table[key] if every else table[key][:1]):
+            quick = i == 0 and last and dtype_name == "fp16"
+            yield Case(
+                f"{name}/{where}/{describe(launch)}",
+                kernel,
+                lambda launch=launch: call(launch),
+                quick,
+            )
+
+    yield from each(
+        configs.LRN, ("forward", last), "lrn", "lrn_forward", lambda t: lrn(x, *LRN, launch=t)
+    )
+    yield from each(
+        configs.LRN,
+        ("backward", last),
+        "lrn_backward",
+        "lrn_input_gradient",
+        lambda t: lrn_backward(x, x, *LRN, launch=t),
+    )
+    for save in (True, False):
+        suffix = "/train" if save else "/infer"
+        yield from each(
+            configs.POOL,
+            ("forward", last, False),
+            "max_pool" + suffix,
+            "pool_forward",
+            lambda t, save=save: max_pool(x, *POOL, (1, 1), False, save, launch=t),
+        )
+        yield from each(
+            configs.POOL,
+            ("forward", last, True),
+            "lrn_max_pool" + suffix,
+            "pool_forward",
+            lambda t, save=save: lrn_max_pool(x, *LRN, *POOL, False, save, launch=t),
+        )
+    yield from each(
+        configs.POOL,
+        ("backward", last, False),
+        "max_pool_backward",
+        "pool_backward",
+        lambda t: max_pool_backward(pooled, taps, (55, 55), *POOL, (1, 1), launch=t),
+    )
+    yield from each(
+        configs.POOL,
+        ("backward", last, True),
+        "lrn_max_pool_backward",
+        "pool_backward",
+        lambda t: lrn_max_pool_backward(pooled, x, taps, *LRN, *POOL, relu=True, launch=t),
+    )
+
+
+def forward_cases(
+    name: str, dtype_name: str, last: bool, precision: str, batch: int, every: bool
+) -> Iterator[Case]:
+    arguments = layer(name, batch, DTYPES[dtype_name], last)
+    x, weight = arguments[:2]
+    conv = geometry(x.shape[2:], weight, *arguments[3:])
+    scheme = forward_scheme(conv, strides(x), x.element_size())
+    tiles = configs.conv_tiles(conv, scheme, batch, x.dtype, precision)
+    where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}/b{batch}"
+    for i, tile in enumerate(tiles if every else tiles[:1]):
+        yield Case(
+            f"conv_relu/{where}/{scheme}/{describe(tile)}",
+            "conv_relu_forward",
+            lambda tile=tile: conv_relu(*arguments, tile=tile, precision=precision),
+            quick=i == 0 and dtype_name == "fp16" and last and name in ("conv1", "conv3"),
+        )
+
+
+def backward_cases(
+    arch: str, name: str, dtype_name: str, last: bool, precision: str, every: bool
+) -> Iterator[Case]:
+    x, weight, _, *rest = layer(name, BATCH, DTYPES[dtype_name], last)
+    conv = geometry(x.shape[2:], weight, *rest)
+    y = meta((BATCH, weight.shape[0], conv.out_rows, conv.out_columns), x.dtype, last)
+    where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}"
+    found = {
+        "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision),
+        "weight": configs.weight_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
+    }
+    for which, tiles in found.items():
+        wanted = (which == "input", which == "weight", which == "weight")
+        for i, tile in enumerate(tiles if every else tiles[:1]):
+            yield Case(
+                f"conv_relu_backward/{which}/{where}/{describe(tile)}",
+                f"conv_{which}_gradient",
+                lambda tile=tile, which=which, wanted=wanted: conv_relu_backward(
+                    y,
+                    y,
+                    x,
+                    weight,
+                    *rest,
+                    wanted,
+                    grad_is_masked=True,
+                    precision=precision,
+                    **{which + "_tile": tile},
+                ),
+                quick=i == 0 and dtype_name == "fp16" and last and name == "conv3",
+            )
+
+
+def label(dtype_name: str, precision: str) -> str:
+    return precision if dtype_name == "fp32" else dtype_name
+
+
+def cases(arch: str) -> list[Case]:
+    found: list[Case] = []
+    for dtype_name, last in (("fp16", True), ("fp16", False), ("bf16", True), ("fp32", True)):
+        found += pointwise_cases(dtype_name, last, every=(dtype_name, last) == ("fp16", True))
+    for name in LAYERS:
+        found += forward_cases(
+            name, "fp16", True, "tf32", BATCH, every=name not in ("conv1-unpadded", "conv5")
+        )
+        found += backward_cases(
+            arch, name, "fp16", True, "tf32", every=name in ("conv1", "conv3", "narrow")
+        )
+    for name in ("conv1", "conv3", "conv5"):
+        found += forward_cases(name, "fp16", True, "tf32", 1, every=False)
+    for name, dtype_name, precision in (
+        ("conv1", "fp32", "tf32"),
+        ("conv3", "bf16", "tf32"),
+        ("conv3", "fp32", "tf32"),
+        ("conv3", "fp32", "ieee"),
+    ):
+        found += forward_cases(name, dtype_name, True, precision, BATCH, every=False)
+        found += backward_cases(arch, name, dtype_name, True, precision, every=False)
+    for name in ("conv1-unpadded", "conv3"):
+        found += forward_cases(name, "fp16", False, "tf32", BATCH, every=name == "conv3")
+        found += backward_cases(arch, name, "fp16", False, "tf32", every=False)
+    return list({case.name: case for case in found}.values())
