@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import struct
 
 import torch
 
@@ -21,16 +22,29 @@ def _load() -> str | None:
             "the CPU library was not built: install a C++20 compiler, then reinstall with "
             "FASTALEX_BUILD=cpu pip install --no-build-isolation . in fastalex's source folder"
         )
+    if _is_cut_short(libraries[0]):
+        return f"the CPU library {libraries[0].name} does not load into torch: its file is incomplete; reinstall fastalex"
     try:
         torch.ops.load_library(libraries[0])
         torch.ops.fastalex_cpu.isa()
     except (OSError, RuntimeError, AttributeError) as failure:
-        summary = str(failure).strip().splitlines()[0]
+        # torch wraps the loader's own words, which name the symbol or the file.
+        summary = str(failure.__cause__ or failure).strip().splitlines()[0]
         return (
             f"the CPU library {libraries[0].name} does not load into torch {torch.__version__} "
             f"({summary}): reinstall fastalex beside this torch"
         )
     return None
+
+
+def _is_cut_short(library: pathlib.Path) -> bool:
+    """Whether an ELF file ends before its section table: mapping such a file kills the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # the loader itself refuses what is no library at all
+    table, entry_size, entries = struct.unpack_from("<Q", header, 40)[0], header[58], header[60]
+    return library.stat().st_size < table + entry_size * entries
 
 
 def _cap_isa() -> None:

@@ -161,7 +161,7 @@ def python(*arguments, package_parent=PACKAGE.parent, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
         env={**clean, "PYTHONPATH": str(package_parent), **environment},
-        cwd=cwd,
+        cwd=cwd or package_parent,  # python -c looks in the working directory first
         capture_output=True,
         text=True,
     )
