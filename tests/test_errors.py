@@ -66,6 +66,8 @@ WRONG = [
     (FUSED, (X.long(), 5), {}, TypeError, "int64"),
     (CONV, (X[0, 0], W), {}, ValueError, "2-D.*3-D or 4-D"),
     (CONV, (X, W[0]), {}, ValueError, "weight is 3-D"),
+    (CONV, (X, W[0]), {"padding": "same"}, ValueError, "weight is 3-D"),
+    (CONV, (X[0, 0, 0], W), {"padding": "same"}, ValueError, "1-D.*3-D or 4-D"),
     (CONV, ("x", W), {}, TypeError, "input must be a Tensor.*str"),
     (CONV, (X, "w"), {}, TypeError, "weight must be a Tensor.*str"),
     (CONV, (X, W, "b"), {}, TypeError, "bias must be a Tensor.*str"),

@@ -149,6 +149,13 @@ def _checked_padding(padding: Any, weight: Tensor, stride: Pair, dilation: Pair)
     return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
 
 
+def _check_ranks(input: Tensor, weight: Tensor) -> None:
+    name = "conv2d_relu"
+    require_rank(input, (3, 4), name)
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
+
+
 def _check(
     input: Tensor,
     weight: Tensor,
@@ -159,9 +166,6 @@ def _check(
 ) -> None:
     name = "conv2d_relu"
     require_floating(input, name)
-    require_rank(input, (3, 4), name)
-    if weight.dim() != 4:
-        raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
@@ -227,6 +231,7 @@ def conv2d_relu(
     for label, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if tensor is not None or label != "bias":
             require_tensor(tensor, "conv2d_relu", label)
+    _check_ranks(input, weight)  # padding='same' reads the sizes
     steps = pair(stride, "stride", 1)
     spread = pair(dilation, "dilation", 1)
     pads = _checked_padding(padding, weight, steps, spread)
