@@ -23,7 +23,10 @@ def _load() -> str | None:
             "FASTALEX_BUILD=cpu pip install --no-build-isolation . in fastalex's source folder"
         )
     if _is_cut_short(libraries[0]):
-        return f"the CPU library {libraries[0].name} does not load into torch: its file is incomplete; reinstall fastalex"
+        return (
+            f"the CPU library {libraries[0].name} does not load into torch: its file is incomplete; "
+            "reinstall fastalex"
+        )
     try:
         torch.ops.load_library(libraries[0])
         torch.ops.fastalex_cpu.isa()
@@ -43,7 +46,10 @@ def _is_cut_short(library: pathlib.Path) -> bool:
         header = file.read(64)
     if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
         return False  # the loader itself refuses what is no library at all
-    table, entry_size, entries = struct.unpack_from("<Q", header, 40)[0], header[58], header[60]
+    table: int = struct.unpack_from("<Q", header, 40)[0]
+    entry_size: int
+    entries: int
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
     return library.stat().st_size < table + entry_size * entries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from fastalex.backends import NAMES
 from fastalex.ops._operator import REGISTRY
 from tests.support.samples import SAMPLES
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 ROOT = Path(__file__).resolve().parents[1]
 X = torch.zeros(2, 8, 9, 9)
 WIDE = torch.zeros(2, 64, 27, 27), torch.zeros(64, 64, 3, 3)  # worth a oneDNN call
@@ -75,15 +77,17 @@ def test_explain_refuses_convolutions_on_onednn(capsys, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     told = explained(capsys, "conv_relu", x.bfloat16(), weight.bfloat16())
     assert "no bfloat16 arithmetic" in told["onednn"]
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert "mkldnn.enabled is off" in explained(capsys, "conv_relu", x, weight)["onednn"]
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "mkldnn.enabled is off" in explained(capsys, "conv_relu", x, weight)["onednn"]
 
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_explain_of_tensors_on_a_gpu_that_is_not_there(capsys, name):
     with FakeTensorMode():
         told = explained_sample(capsys, name, device="cuda")
-    assert told[""] == f"{name}: runs on torch"
+    # An untuned convolution leaves the choice to cuDNN.
+    expected = "torch" if name == "conv_relu" or not HAS_TRITON else "triton"
+    assert told[""] == f"{name}: runs on {expected}"
     refusing = "onednn" if name == "conv_relu" else "cpu"
     assert told[refusing] == "no: it runs on CPU tensors, and this one is on cuda:0"
 
@@ -98,7 +102,8 @@ def test_explain_without_the_cpu_library(capsys, monkeypatch):
 def test_explain_knows_of_forcing(capsys):
     with use_backend("torch"):
         told = explained(capsys, "lrn", X, 5)
-    assert told == {"": "lrn: runs on torch (forced)", "cpu": "able, not needed", "torch": "chosen"}
+    assert told[""] == "lrn: runs on torch (forced)"
+    assert (told["cpu"], told["torch"]) == ("able, not needed", "chosen")
     with use_backend("onednn"):
         told = explained(capsys, "lrn", X, 5)
     assert told[""] == "lrn: runs on nothing (forced)"
@@ -188,6 +193,10 @@ def test_a_forced_backend_serves_or_says_why_not(monkeypatch, backend, name):
     have = [kernel.backend for kernel in REGISTRY[name].kernels.kernels]
     tensors = sample.tensors(torch.float32)
     with use_backend(backend):
+        if backend == "triton":
+            with pytest.raises(BackendError, match=f"^backend 'triton' cannot run this {name}: "):
+                sample.call(*tensors)
+            return
         if backend in have:
             torch.testing.assert_close(sample.call(*tensors), sample.call_stock(*tensors))
             return
@@ -236,7 +245,7 @@ thread.join()
 
 def test_the_environment_forces_every_thread_until_lifted():
     told = python("-c", CHOICES, FASTALEX_BACKEND="torch").splitlines()
-    headlines = [line for line in told if "runs on" in line]
+    headlines = [line for line in told if line.startswith("lrn: ")]
     forced = "lrn: runs on torch (forced)"
     assert headlines == [forced, "lrn: runs on cpu", forced]
 

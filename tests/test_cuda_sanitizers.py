@@ -35,10 +35,12 @@ def run_under(variant: str, preload: str, *pytest_arguments: str) -> subprocess.
     if library is None:
         pytest.skip(f"g++ has no {preload}")
     cuda_host.build(variant)
+    # A sanitizer looks up the C++ runtime's throw as it starts, before Python has loaded that runtime.
+    preloads = (library, runtime_library("libstdc++.so.6"))
     environment = {
         **os.environ,
         "FASTALEX_HOST_CUDA": variant,
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(path for path in preloads if path),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:verify_asan_link_order=0",
         "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "1",

@@ -225,16 +225,39 @@ class PixelUnpool {
   };
 
   void accumulate(int64_t count, Out* gx) {
+    switch (count) {  // a pixel of a 3x3/s2 pool lies in 1, 2 or 4 windows
+      case 1:
+        return sum_winners<1>(count, gx);
+      case 2:
+        return sum_winners<2>(count, gx);
+      case 4:
+        return sum_winners<4>(count, gx);
+      default:
+        return sum_winners<0>(count, gx);
+    }
+  }
+
+  template <int kCount>
+  void sum_winners(int64_t count, Out* gx) {
+    if constexpr (kCount != 0) count = kCount;
     const Term* terms = terms_.data();
-    for (int64_t c = 0; c < grad_.channels; c += kWidth) {
-      const int64_t left = grad_.channels - c;
+    const int64_t channels = grad_.channels;
+    int64_t c = 0;
+    for (; c + kWidth <= channels; c += kWidth) {
       Vec<A> sum{};
       for (int64_t t = 0; t < count; ++t) {
-        const Mask<A> winner = load_lanes<Mask<A>>(terms[t].winner + c, left);
-        sum += winner == terms[t].tap ? load_up_to(terms[t].grad + c, left) : Vec<A>{};
+        const Mask<A> winner = load_lanes<Mask<A>>(terms[t].winner + c, kWidth);
+        sum += winner == terms[t].tap ? load(terms[t].grad + c) : Vec<A>{};
       }
-      store_up_to(gx + c, sum, left);
+      store(gx + c, sum);
     }
+    if (c == channels) return;
+    Vec<A> sum{};
+    for (int64_t t = 0; t < count; ++t) {
+      const Mask<A> winner = load_lanes<Mask<A>>(terms[t].winner + c, channels - c);
+      sum += winner == terms[t].tap ? load_up_to(terms[t].grad + c, channels - c) : Vec<A>{};
+    }
+    store_up_to(gx + c, sum, channels - c);
   }
 
   const Map& grad_;

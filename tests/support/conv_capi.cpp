@@ -74,10 +74,10 @@ double conv_pack(void* plan, const void* weight, const int64_t* strides, void* p
   return seconds_since(start);
 }
 
-double conv_forward(void* plan, const void* input, const int64_t* input_strides,
-                    const void* weight, const int64_t* weight_strides, const void* bias,
-                    const void* packed, void* output, const int64_t* output_strides,
-                    void* scratch, int64_t image_floats) {
+double conv_forward(void* plan, const void* input, const int64_t* input_strides, const void* weight,
+                    const int64_t* weight_strides, const void* bias, const void* packed,
+                    void* output, const int64_t* output_strides, void* scratch,
+                    int64_t image_floats) {
   // Under by_image the sink copies each finished image to its place in a dense output.
   struct Copy {
     float* output;
@@ -130,9 +130,8 @@ double conv_weight_gradient(void* plan, const void* gradient, const int64_t* gra
 
 void* linear_plan(int isa, int dtype, int64_t rows, int inputs, int outputs, int relu,
                   int threads) {
-  return new linear::Plan(kernels_of(isa),
-                          {static_cast<cpu::DType>(dtype), rows, inputs, outputs, relu != 0},
-                          threads);
+  return new linear::Plan(
+      kernels_of(isa), {static_cast<cpu::DType>(dtype), rows, inputs, outputs, relu != 0}, threads);
 }
 void linear_free(void* plan) { delete static_cast<linear::Plan*>(plan); }
 size_t linear_packed_bytes(void* plan) { return static_cast<linear::Plan*>(plan)->packed_bytes(); }
@@ -154,8 +153,8 @@ double linear_backward(void* plan, const void* gradient, const void* output, con
                        const void* packed, void* input_gradient, void* weight_gradient,
                        void* bias_gradient, void* scratch) {
   const auto start = std::chrono::steady_clock::now();
-  static_cast<linear::Plan*>(plan)->backward({gradient, output, input, packed, input_gradient,
-                                              weight_gradient, bias_gradient, scratch});
+  static_cast<linear::Plan*>(plan)->backward(
+      {gradient, output, input, packed, input_gradient, weight_gradient, bias_gradient, scratch});
   return seconds_since(start);
 }
 
