@@ -29,7 +29,7 @@ struct Winner {
 };
 
 // The largest of the vectors that at(0) to at(count - 1) give, NaN winning, without tracking where
-// it came from. One instruction a vector and half of one to notice a NaN, which is rare; then the
+// it came from. One maximum a vector, and a comparison to notice a NaN, which is rare; then the
 // careful way.
 template <class A, class At>
 inline Vec<A> largest(int64_t count, At&& at) {
