@@ -21,8 +21,14 @@ CPU = ROOT / "csrc/cpu"
 COMPILER = os.environ.get("CXX", "g++")
 BUILD = ROOT / "build/native"  # kept between builds, so that a rebuild compiles what changed
 # Compiled once per instruction set, free of torch; the other sources know torch and no instruction set.
-CPU_KERNELS = ("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "kernel_table")
-CPU_HOST = ("activation", "library", "register")
+CPU_KERNELS = (
+    *("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "kernel_table"),
+    *(f"conv/kernels/{path.stem}" for path in sorted(CPU.glob("conv/kernels/*.cpp"))),
+)
+CPU_HOST = (
+    *("activation", "library", "register", "linear"),
+    *(f"conv/{path.stem}" for path in sorted(CPU.glob("conv/*.cpp"))),
+)
 ISA_FLAGS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",

@@ -1,4 +1,5 @@
 // The table through which one instruction set's kernels are called.
+#include "conv/isa_tables.h"
 #include "op_entries.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
@@ -14,6 +15,7 @@ const Kernels kernels = {
     .max_pool_backward = max_pool_backward,
     .lrn_max_pool = lrn_max_pool,
     .lrn_max_pool_backward = lrn_max_pool_backward,
+    .conv = conv_kernels,
 };
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

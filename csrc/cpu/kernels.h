@@ -7,6 +7,10 @@
 
 namespace fastalex::cpu {
 
+namespace conv {
+struct ConvKernels;
+}
+
 // s_c = k + scale * (sum of x_j^2 over the `size` channels around c, inside c's group); y = x *
 // s^-beta.
 struct LrnParams {
@@ -91,6 +95,7 @@ struct Kernels {
   void (*max_pool_backward)(const MaxPoolBackwardCall&);
   void (*lrn_max_pool)(const LrnMaxPoolCall&);
   void (*lrn_max_pool_backward)(const LrnMaxPoolBackwardCall&);
+  const conv::ConvKernels& (*conv)();  // the convolution engine's own table
 };
 
 namespace portable {
