@@ -4,8 +4,9 @@ from importlib.metadata import version as _version
 
 from fastalex import models, ops, reference
 from fastalex._explain import explain
+from fastalex._tune import tune
 from fastalex.backends import BackendError, use_backend
 
 __version__ = _version("fastalex")
 
-__all__ = ["BackendError", "explain", "models", "ops", "reference", "use_backend"]
+__all__ = ["BackendError", "explain", "models", "ops", "reference", "tune", "use_backend"]

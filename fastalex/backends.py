@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fastalex import _tuning
 
 #: Every backend, in the order in which `auto` considers them.
 NAMES = ("cpu", "onednn", "triton", "cuda", "cupy", "torch")
@@ -58,11 +60,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's implementation of an operator."""
+    """One backend's implementation of an operator.
+
+    ``candidates`` gives, of each keyword argument of ``run`` that configures it, the values worth measuring, the one
+    taken unmeasured first. A ``contested`` kernel is preferred to stock torch only once measured. ``note`` says which
+    kernel a call would run, and why.
+    """
 
     backend: str
     run: Callable[..., Any]
     refuse: Refusal
+    candidates: Callable[..., Mapping[str, Sequence[Any]]] | None = None
+    contested: bool = False
+    note: Callable[..., str] | None = None
 
 
 class KernelTable:
@@ -72,8 +82,8 @@ class KernelTable:
         self.op = op
         self.kernels: tuple[Kernel, ...] = ()
 
-    def add(self, backend: str, run: Callable[..., Any], refuse: Refusal) -> None:
-        entries = [*self.kernels, Kernel(backend, run, refuse)]
+    def add(self, backend: str, run: Callable[..., Any], refuse: Refusal, **more: Any) -> None:
+        entries = [*self.kernels, Kernel(backend, run, refuse, **more)]
         self.kernels = tuple(sorted(entries, key=lambda kernel: NAMES.index(kernel.backend)))
 
     def choose(self, *args: Any) -> Kernel:
@@ -82,10 +92,23 @@ class KernelTable:
         if name is not None:
             return self._forced_kernel(name, args)
         for kernel in self.kernels:
-            if kernel.refuse(*args) is None:
+            if self._refusal(kernel, args) is None:
                 return kernel
         reasons = "; ".join(f"{k.backend}: {k.refuse(*args)}" for k in self.kernels)
         raise BackendError(f"no backend can run {self.op}: {reasons}")
+
+    def _refusal(self, kernel: Kernel, args: tuple[Any, ...]) -> str | None:
+        """Why `auto` passes over a kernel: it can't serve the call, or another was measured faster."""
+        reason = kernel.refuse(*args)
+        if reason is not None or kernel.backend == "torch":
+            return reason
+        choice = _tuning.recorded(self.op, args)
+        if choice is None:
+            unmeasured = (
+                "not measured against cuDNN yet: the first call on a GPU or fastalex.tune does"
+            )
+            return unmeasured if kernel.contested else None
+        return None if choice.backend == kernel.backend else f"{choice.backend} was measured faster"
 
     def _forced_kernel(self, name: str, args: tuple[Any, ...]) -> Kernel:
         for kernel in self.kernels:
@@ -105,9 +128,12 @@ class KernelTable:
             chosen = None
         lines = [f"{self.op}: runs on {chosen or 'nothing'}" + (" (forced)" * bool(forced()))]
         for kernel in self.kernels:
-            reason = kernel.refuse(*args)
+            able = kernel.refuse(*args) is None
+            reason = kernel.refuse(*args) if forced() else self._refusal(kernel, args)
             verdict = "chosen" if kernel.backend == chosen else "able, not needed"
-            lines.append(f"  {kernel.backend:7} {verdict if reason is None else 'no: ' + reason}")
+            verdict = verdict if reason is None else f"no: {reason}"
+            note = f"; {kernel.note(*args)}" if able and kernel.note else ""
+            lines.append(f"  {kernel.backend:7} {verdict}{note}")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ._conv import Conv
+from ._layout import is_channels_last, readable
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class Launch:
     block: int
     warps: int
     rows: int = 1
+
+    def __str__(self) -> str:
+        rows = f" of {self.rows} rows" if self.rows > 1 else ""
+        return f"{self.block} lanes{rows}, {self.warps} warps"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class ConvTile:
     warps: int
     stages: int
     split: int = 1
+
+    def __str__(self) -> str:
+        second = f"+{self.n2}" if self.n2 else ""
+        parts = f", {self.split} parts" if self.split > 1 else ""
+        sizes = f"{self.m}x{self.n}{second}x{self.k}"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages{parts}"
 
 
 # (direction, channels_last): candidates, best guess first
@@ -54,12 +65,13 @@ POOL = {
 }
 
 
-def lrn_launch(direction: str, channels_last: bool) -> Launch:
-    return LRN[direction, channels_last][0]
+def lrn_launches(direction: str, x: torch.Tensor) -> tuple[Launch, ...]:
+    """Every launch of LRN that can be chosen for x, the one taken unmeasured first."""
+    return LRN[direction, is_channels_last(readable(x))]
 
 
-def pool_launch(direction: str, channels_last: bool, normalised: bool) -> Launch:
-    return POOL[direction, channels_last, normalised][0]
+def pool_launches(direction: str, x: torch.Tensor, normalised: bool) -> tuple[Launch, ...]:
+    return POOL[direction, is_channels_last(readable(x)), normalised]
 
 
 # scheme: tiles for halves; a float32 tile has half the k, to take the same shared memory
@@ -215,7 +227,7 @@ def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """A name such as sm_90 or gfx942; empty where there is no GPU."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # a fake tensor needs no GPU
         return ""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:

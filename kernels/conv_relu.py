@@ -30,7 +30,6 @@ from ._common import mma, narrow, program_index, widen
 from ._configs import ConvTile, conv_tile, conv_tiles
 from ._conv import Conv, float32_precision, forward_scheme, geometry, refuse_conv
 from ._refuse import refuse_four_axes, refuse_tensors
-from ._tune import remembered
 
 
 @triton.jit
@@ -322,14 +321,14 @@ def refuse_conv_relu(
     )
 
 
-def tiles(
+def candidates_conv_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
-) -> list[ConvTile]:
-    """Every tile conv_relu can choose from for this call, the one it takes untuned first."""
+) -> dict[str, list[ConvTile]]:
+    """Every tile conv_relu can choose from for this call, the one it takes unmeasured first."""
     x = layout.readable(input)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     scheme = forward_scheme(conv, layout.strides(x), x.element_size())
-    return conv_tiles(conv, scheme, x.shape[0], x.dtype, float32_precision())
+    return {"tile": conv_tiles(conv, scheme, x.shape[0], x.dtype, float32_precision())}
 
 
 @layout.on_its_device
@@ -356,10 +355,6 @@ def conv_relu(
         return y
     precision = precision or float32_precision()
     scheme = forward_scheme(conv, layout.strides(x), x.element_size())
-    if tile is None and precision != "ieee":
-        tile = remembered(
-            "conv_relu", "tile", (input, weight, bias, stride, padding, dilation, groups)
-        )
     tile = tile or conv_tile(conv, scheme, x.shape[0], x.dtype, precision)
     w, pitch = weight_matrix(weight, conv, scheme, tile.k)
     columns = triton.cdiv(conv.outputs, tile.n + tile.n2) * groups

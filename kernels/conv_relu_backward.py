@@ -33,7 +33,6 @@ from ._configs import (
 from ._conv import Conv, float32_precision, geometry, refuse_conv
 from ._conv_gradients import conv_input_gradient, conv_weight_gradient, mask_gradient, sum_parts
 from ._refuse import refuse_four_axes, refuse_tensors
-from ._tune import remembered
 
 BLOCK = 1024
 
@@ -60,7 +59,7 @@ def refuse_conv_relu_backward(
     return reason
 
 
-def tiles(
+def candidates_conv_relu_backward(
     grad: Tensor,
     output: Tensor,
     input: Tensor,
@@ -71,19 +70,17 @@ def tiles(
     groups: int,
     output_mask,
 ) -> dict[str, list[ConvTile]]:
-    """Of each option of conv_relu_backward, the tiles it can choose from, the one it takes untuned
-    first.
-    """
+    """Of each option, the tiles this call can choose from, the one it takes unmeasured first."""
     x = layout.readable(input)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     batch, precision = x.shape[0], float32_precision()
-    last = layout.is_channels_last(x)
-    return {
-        "input_tile": input_gradient_tiles(conv, last, batch, x.dtype, precision),
-        "weight_tile": weight_gradient_tiles(
-            conv, last, batch, x.dtype, precision, architecture(x.device)
-        ),
-    }
+    last, arch = layout.is_channels_last(x), architecture(x.device)
+    found = {}
+    if output_mask[0]:
+        found["input_tile"] = input_gradient_tiles(conv, last, batch, x.dtype, precision)
+    if output_mask[1]:
+        found["weight_tile"] = weight_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
+    return found
 
 
 @layout.on_its_device
@@ -113,10 +110,6 @@ def conv_relu_backward(
     last = layout.is_channels_last(x)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     precision = precision or float32_precision()
-    if precision != "ieee":
-        call = (grad, output, input, weight, stride, padding, dilation, groups, output_mask)
-        input_tile = input_tile or remembered("conv_relu_backward", "input_tile", call)
-        weight_tile = weight_tile or remembered("conv_relu_backward", "weight_tile", call)
     dz = grad if grad_is_masked else masked(grad, output, last)
     dz = layout.in_layout(dz, last)
     gx, gw, gb = (input.new_empty(0) for _ in range(3))

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._common import load_span, pack, program_index, store_tile
-from ._configs import Launch, lrn_launch
+from ._configs import Launch, lrn_launches
 from ._refuse import refuse_normalisation, refuse_tensors
-from ._tune import remembered
 
 WIDEST_WINDOW = 33  # wider ones would unroll into too many registers: _lrn_wide.py loops over them
 
@@ -236,6 +235,23 @@ def refuse_lrn_backward(
     return refuse_tensors(grad, input) or refuse_normalisation(input, size, scale, beta, k, groups)
 
 
+def candidates_lrn(
+    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> dict[str, tuple[Launch, ...]]:
+    """Every launch the kernel can choose from, the one it takes unmeasured first; wide windows have one."""
+    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+        return {}
+    return {"launch": lrn_launches("forward", as_images(input))}
+
+
+def candidates_lrn_backward(
+    grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+) -> dict[str, tuple[Launch, ...]]:
+    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+        return {}
+    return {"launch": lrn_launches("backward", as_images(input))}
+
+
 def as_images(x: Tensor) -> Tensor:
     """[N, C, ...] of any rank -> [N, C, H, W] over the same memory where the axes allow it."""
     if x.dim() == 3:
@@ -265,8 +281,7 @@ def lrn(
 
             forward(x, y, norm, last)
         else:
-            launch = launch or remembered("lrn", "launch", (input, size, scale, beta, k, groups))
-            forward_narrow(x, y, norm, last, launch or lrn_launch("forward", last))
+            forward_narrow(x, y, norm, last, launch or lrn_launches("forward", x)[0])
     return y.view(input.shape) if input.dim() != 4 else y
 
 
@@ -315,9 +330,7 @@ def lrn_backward(
 
             backward(g, x, gx, norm, last)
         else:
-            call = (grad, input, size, scale, beta, k, groups)
-            launch = launch or remembered("lrn_backward", "launch", call)
-            backward_narrow(g, x, gx, norm, last, launch or lrn_launch("backward", last))
+            backward_narrow(g, x, gx, norm, last, launch or lrn_launches("backward", x)[0])
     return gx.view(input.shape) if input.dim() != 4 else gx
 
 

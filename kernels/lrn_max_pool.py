@@ -11,9 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _layout as layout
-from ._configs import Launch
+from ._configs import Launch, pool_launches
 from ._refuse import refuse_four_axes, refuse_normalisation, refuse_tensors
-from ._tune import remembered
 from .lrn import WIDEST_WINDOW, lrn, lrn_backward, normalisation
 from .max_pool import (
     Pool,
@@ -69,6 +68,31 @@ def refuse_lrn_max_pool_backward(
     )
 
 
+def candidates_lrn_max_pool(
+    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int, *pool
+) -> dict[str, tuple[Launch, ...]]:
+    """Every launch the kernel can choose from, the one it takes unmeasured first; the pair of operators has none."""
+    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+        return {}
+    return {"launch": pool_launches("forward", input, True)}
+
+
+def candidates_lrn_max_pool_backward(
+    grad: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    *pool,
+) -> dict[str, tuple[Launch, ...]]:
+    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+        return {}
+    return {"launch": pool_launches("backward", input, True)}
+
+
 @layout.on_its_device
 def lrn_max_pool(
     input: Tensor,
@@ -93,22 +117,7 @@ def lrn_max_pool(
         normal = lrn(input, size, scale, beta, k, groups)
         return max_pool(normal, kernel_size, stride, padding, (1, 1), ceil_mode, save_offsets)
     pool = geometry(input.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)
-    call = (
-        input,
-        size,
-        scale,
-        beta,
-        k,
-        groups,
-        kernel_size,
-        stride,
-        padding,
-        ceil_mode,
-        save_offsets,
-    )
-    return run_forward(
-        input, pool, norm, save_offsets, launch or remembered("lrn_max_pool", "launch", call)
-    )
+    return run_forward(input, pool, norm, save_offsets, launch)
 
 
 @layout.on_its_device
@@ -137,6 +146,4 @@ def lrn_max_pool_backward(
         gx = lrn_backward(g, input, size, scale, beta, k, groups)
         return gx.masked_fill_(input <= 0, 0) if relu else gx
     pool = Pool(*input.shape[2:], *grad.shape[2:], *kernel_size, *stride, *padding, 1, 1)
-    call = (grad, input, offsets, size, scale, beta, k, groups, kernel_size, stride, padding)
-    launch = launch or remembered("lrn_max_pool_backward", "launch", call)
     return run_backward(grad, offsets, layout.readable(input), pool, norm, relu, launch)

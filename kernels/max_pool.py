@@ -12,11 +12,10 @@ import triton
 from torch import Tensor
 
 from . import _layout as layout
-from ._configs import Launch, pool_launch
+from ._configs import Launch, pool_launches
 from ._pool import Pool, pool_forward
 from ._pool_backward import pool_backward
 from ._refuse import refuse_four_axes, refuse_tensors
-from ._tune import remembered
 
 MOST_ROW_TILES = 65535  # of a CUDA grid's second axis
 
@@ -84,6 +83,17 @@ def refuse_saved(grad: Tensor, offsets: Tensor, kernel_size) -> str | None:
     return None
 
 
+def candidates_max_pool(input: Tensor, *arguments) -> dict[str, tuple[Launch, ...]]:
+    """Every launch the kernel can choose from, the one it takes unmeasured first."""
+    return {"launch": pool_launches("forward", input, False)}
+
+
+def candidates_max_pool_backward(
+    grad: Tensor, offsets: Tensor, *arguments
+) -> dict[str, tuple[Launch, ...]]:
+    return {"launch": pool_launches("backward", offsets, False)}
+
+
 @layout.on_its_device
 def max_pool(
     input: Tensor,
@@ -98,10 +108,7 @@ def max_pool(
 ) -> tuple[Tensor, Tensor]:
     """(output, offsets) of pooling input [N, C, H, W]; offsets are empty unless save_offsets."""
     pool = geometry(input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
-    call = (input, kernel_size, stride, padding, dilation, ceil_mode, save_offsets)
-    return run_forward(
-        input, pool, None, save_offsets, launch or remembered("max_pool", "launch", call)
-    )
+    return run_forward(input, pool, None, save_offsets, launch)
 
 
 def run_forward(
@@ -119,7 +126,7 @@ def run_forward(
         offset_dtype((pool.kh, pool.kw)) if save else torch.uint8,
     )
     if y.numel():
-        launch = launch or pool_launch("forward", last, norm is not None)
+        launch = launch or pool_launches("forward", x, norm is not None)[0]
         vec = 1
         if last or norm is not None:
             vec = layout.vector_length(
@@ -163,8 +170,6 @@ def max_pool_backward(
     """The gradient of max_pool's input, of size input_size, in the layout of the saved offsets."""
     out = tuple(grad.shape[2:])
     pool = Pool(*input_size, *out, *kernel_size, *stride, *padding, *dilation)
-    call = (grad, offsets, input_size, kernel_size, stride, padding, dilation)
-    launch = launch or remembered("max_pool_backward", "launch", call)
     return run_backward(grad, offsets, None, pool, None, False, launch)
 
 
@@ -184,7 +189,7 @@ def run_backward(
     gx = layout.empty(g, (n, channels, pool.rows, pool.columns), last)
     x = gx if input is None else layout.in_layout(input, last)
     if gx.numel():
-        launch = launch or pool_launch("backward", last, norm is not None)
+        launch = launch or pool_launches("backward", gx, norm is not None)[0]
         vec = 1
         if last or norm is not None:
             vec = layout.vector_length(

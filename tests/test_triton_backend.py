@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex
-from fastalex import BackendError, ops
+from fastalex import BackendError, _tuning, ops
 from fastalex._explain import explanation
 from fastalex.ops import _triton
 
@@ -22,12 +22,10 @@ def fake(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def tuned_for(monkeypatch, *options):
-    """Every call has a tuning record for these options."""
-    tune = _triton._module("_tune")
-    monkeypatch.setattr(
-        tune, "remembered", lambda op, option, args: object() if option in options else None
-    )
+def measured(monkeypatch, backend):
+    """Every call was measured, and this backend won; None: no call was."""
+    choice = backend and _tuning.Choice(backend)
+    monkeypatch.setattr(_tuning, "recorded", lambda op, args: choice)
 
 
 @pytest.fixture
@@ -48,27 +46,40 @@ def test_what_the_kernels_refuse_runs_on_torch(triton, op):
     assert "float64" in text
 
 
-def test_a_convolution_runs_on_triton_when_forced_or_tuned(triton, monkeypatch):
+def test_a_convolution_runs_on_triton_when_forced_or_measured_faster(triton, monkeypatch):
     call = ("conv_relu", fake(2, 8, 9, 9), fake(4, 8, 3, 3))
-    tuned_for(monkeypatch)
+    measured(monkeypatch, None)
     text = explanation(*call)
     assert text.startswith("conv_relu: runs on torch\n")
-    assert "only when forced, or tuned" in text
+    assert "not measured against cuDNN yet" in text
     with fastalex.use_backend("triton"):
         assert explanation(*call).startswith("conv_relu: runs on triton (forced)\n")
-    tuned_for(monkeypatch, "tile")
+    measured(monkeypatch, "triton")
     assert explanation(*call).startswith("conv_relu: runs on triton\n")
+    measured(monkeypatch, "torch")
+    assert "triton  no: torch was measured faster" in explanation(*call)
 
 
-@pytest.mark.parametrize("option", ["input_tile", "weight_tile"])
-def test_a_convolutions_gradient_runs_on_triton_when_tuned(triton, monkeypatch, option):
+def test_explain_names_the_configuration_and_why(triton, monkeypatch):
+    measured(monkeypatch, None)
+    assert "launch 128 lanes, 4 warps (expected best of 2)" in explanation(
+        "lrn", fake(2, 8, 9, 9), 5
+    )
+    text = explanation("conv_relu", fake(2, 8, 9, 9), fake(4, 8, 3, 3), None, 1, 1)
+    assert "tile 64x16x" in text
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_convolutions_gradient_names_the_tiles_it_would_use(triton, monkeypatch, which):
     kernels = ops.conv_relu.CONV_RELU_BACKWARD.kernels
-    output, mask = fake(2, 4, 7, 7), [True, True, False]
+    output, mask = fake(2, 4, 7, 7), [which == 0, which == 1, False]
     call = (output, output, fake(2, 8, 9, 9), fake(4, 8, 3, 3), (1, 1), (0, 0), (1, 1), 1, mask)
-    tuned_for(monkeypatch)
+    measured(monkeypatch, None)
     assert kernels.choose(*call).backend == "torch"
-    tuned_for(monkeypatch, option)
+    measured(monkeypatch, "triton")
     assert kernels.choose(*call).backend == "triton"
+    text = kernels.explain(*call)
+    assert ("input_tile" in text, "weight_tile" in text) == (which == 0, which == 1)
 
 
 def test_without_triton_the_reason_says_how_to_get_it(monkeypatch):

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex
-from fastalex import ops
+from fastalex import _tuning, ops
+from fastalex._tune import _Visit
 from fastalex.ops._operator import REGISTRY
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -67,3 +68,29 @@ def test_forward_and_backward_agree_with_torch(calls, op, order):
     for ours, stock in zip(found["triton"], found["torch"], strict=True):
         torch.testing.assert_close(ours, stock)
         assert ours.stride() == stock.stride()
+
+
+def test_every_operator_is_measured_with_each_configuration(monkeypatch, tmp_path):
+    """The kernels' own results are judged: all are trusted, and what a planted timer likes best runs next."""
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_tuning, "DEVICES", {"cpu"})
+    _tuning.forget()
+    x = torch.randn(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(4, 4, 3, 3)
+    taken = []
+    for call in CALLS.values():
+        inputs = [t.clone().requires_grad_() for t in (x, w)]
+        with _Visit(lambda op, args: taken.append((REGISTRY[op].kernels, args))):
+            torch.autograd.grad(call(*inputs).sum(), inputs, allow_unused=True)
+    clock = map(float, range(1000, 0, -1))  # each next one is faster
+    assert sorted(table.op for table, _ in taken) == sorted(REGISTRY)
+    for table, args in taken:
+        trials = _tuning.measure(table, args, lambda run: next(clock))
+        ours = [trial for trial in trials if trial.choice.backend == "triton"]
+        (kernel,) = (k for k in table.kernels if k.backend == "triton")
+        assert len(ours) == max(sum(map(len, kernel.candidates(*args).values())), 1)
+        assert not [trial.refusal for trial in ours if trial.refusal]
+        choice = _tuning.recorded(table.op, args)
+        assert choice == ours[-1].choice
+        assert table.choose(*args).backend == "triton"
+    _tuning.forget()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.backends import KernelTable
+from fastalex import _tuning
+from fastalex.backends import KernelTable, forced
 
 LIBRARY = torch.library.Library("fastalex", "DEF")
 
@@ -64,6 +65,8 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """Runs the call on the chosen backend; no gradients."""
+        if args[0].is_cuda and forced() is None:
+            _tuning.settle(self.kernels, args)
         return self.kernels.choose(*args).run(*args)
 
     def register_autograd(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from fastalex.backends import Refusal, forced
-
-Implementation = tuple[Callable[..., Any], Refusal]
+from fastalex import _tuning
 
 
 @functools.cache
@@ -41,35 +39,36 @@ def _refuse_untouched(first: Tensor) -> str | None:
     return missing()
 
 
-def kernel(module: str, op: str) -> Implementation:
-    """(run, refuse) of ``op`` in ``fastalex.kernels.<module>``."""
+def kernel(module: str, op: str, *, contested: bool = False) -> dict[str, Any]:
+    """The entry of ``op`` in ``fastalex.kernels.<module>``, for :meth:`KernelTable.add`."""
 
-    def run(*args: Any) -> Any:
-        return getattr(_module(module), op)(*args)
+    def run(*args: Any, **options: Any) -> Any:
+        return getattr(_module(module), op)(
+            *args, **(options or _tuning.options(op, "triton", args))
+        )
 
     def refuse(*args: Any) -> str | None:
         reason = _refuse_untouched(args[0])
         return reason or getattr(_module(module), f"refuse_{op}")(*args)
 
-    return run, refuse
+    def candidates(*args: Any) -> Mapping[str, Sequence[Any]]:
+        found: Mapping[str, Sequence[Any]] = getattr(_module(module), f"candidates_{op}")(*args)
+        return found
 
+    def note(*args: Any) -> str:
+        """Kernel and configuration, and why this one."""
+        offered = candidates(*args)
+        won = _tuning.options(op, "triton", args)
+        parts = []
+        for option, configs in offered.items():
+            why = "measured fastest" if option in won else f"expected best of {len(configs)}"
+            parts.append(f"{option} {won.get(option, configs[0])} ({why})")
+        return ", ".join(parts) or "one configuration"
 
-def contested(op: str, options: tuple[str, ...]) -> Implementation:
-    """``kernel``, but in `auto` only for calls whose tuning found it faster than stock.
-
-    For convolutions: cuDNN is a rival that no kernel is preferred to unmeasured. A record of one of ``options`` says
-    that the whole call won.
-    """
-    run, refuse_call = kernel(op, op)
-
-    def refuse(*args: Any) -> str | None:
-        reason = refuse_call(*args)
-        if reason is None and forced() != "triton" and not tuned(args):
-            return "it is chosen only when forced, or tuned and found faster than cuDNN"
-        return reason
-
-    def tuned(args: tuple[Any, ...]) -> bool:
-        remembered = _module("_tune").remembered
-        return any(remembered(op, option, args) is not None for option in options)
-
-    return run, refuse
+    return {
+        "run": run,
+        "refuse": refuse,
+        "candidates": candidates,
+        "contested": contested,
+        "note": note,
+    }

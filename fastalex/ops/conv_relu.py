@@ -80,9 +80,9 @@ def _torch_backward(
 CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
 CONV_RELU.kernels.add("onednn", _onednn.conv_relu, _onednn.refuse)
 CONV_RELU_BACKWARD.kernels.add("torch", _torch_backward, no_refusal)
-CONV_RELU.kernels.add("triton", *_triton.contested("conv_relu", ("tile",)))
+CONV_RELU.kernels.add("triton", **_triton.kernel("conv_relu", "conv_relu", contested=True))
 CONV_RELU_BACKWARD.kernels.add(
-    "triton", *_triton.contested("conv_relu_backward", ("input_tile", "weight_tile"))
+    "triton", **_triton.kernel("conv_relu_backward", "conv_relu_backward", contested=True)
 )
 
 

@@ -33,8 +33,8 @@ LRN.kernels.add("torch", _torch.in_layout(reference.lrn, 0), no_refusal)
 LRN_BACKWARD.kernels.add("torch", _torch.in_layout(reference.lrn_backward, 1), no_refusal)
 LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
 LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
-LRN.kernels.add("triton", *_triton.kernel("lrn", "lrn"))
-LRN_BACKWARD.kernels.add("triton", *_triton.kernel("lrn", "lrn_backward"))
+LRN.kernels.add("triton", **_triton.kernel("lrn", "lrn"))
+LRN_BACKWARD.kernels.add("triton", **_triton.kernel("lrn", "lrn_backward"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -87,9 +87,9 @@ LRN_MAX_POOL_BACKWARD.kernels.add(
 )
 LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
 LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
-LRN_MAX_POOL.kernels.add("triton", *_triton.kernel("lrn_max_pool", "lrn_max_pool"))
+LRN_MAX_POOL.kernels.add("triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool"))
 LRN_MAX_POOL_BACKWARD.kernels.add(
-    "triton", *_triton.kernel("lrn_max_pool", "lrn_max_pool_backward")
+    "triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool_backward")
 )
 
 

@@ -89,8 +89,8 @@ MAX_POOL.kernels.add("torch", _torch.in_layout(reference.max_pool, 0), no_refusa
 MAX_POOL_BACKWARD.kernels.add("torch", _torch.in_layout(reference.max_pool_backward, 1), no_refusal)
 MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
 MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
-MAX_POOL.kernels.add("triton", *_triton.kernel("max_pool", "max_pool"))
-MAX_POOL_BACKWARD.kernels.add("triton", *_triton.kernel("max_pool", "max_pool_backward"))
+MAX_POOL.kernels.add("triton", **_triton.kernel("max_pool", "max_pool"))
+MAX_POOL_BACKWARD.kernels.add("triton", **_triton.kernel("max_pool", "max_pool_backward"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
