@@ -1,0 +1,91 @@
+"""From options to what a run needs: data, network, trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastalex import models
+from fastalex.train import checkpoint
+from fastalex.train.data import Data, load
+from fastalex.train.errors import TrainingError
+from fastalex.train.options import Options
+from fastalex.train.screen import Screen
+from fastalex.train.trainer import Trainer, make_deterministic
+
+
+def make_model(options: Options, classes: int) -> nn.Module:
+    """The network that ``options`` name, newly initialised."""
+    assert options.preset is not None
+    arguments = {"num_classes": classes, "fused": not options.stock, **options.model_arguments()}
+    try:
+        return models.alexnet(options.preset, **arguments)
+    except (TypeError, ValueError) as failure:
+        raise TrainingError(f"--preset {options.preset}: {failure}") from failure
+
+
+def new_folder(options: Options) -> Path:
+    return Path("out/train") / f"{options.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def start(options: Options, folder: Path | None = None, screen: Screen | None = None) -> Trainer:
+    """A trainer for a new run.
+
+    Raises:
+        TrainingError: where the folder holds a run already.
+    """
+    folder = folder or new_folder(options)
+    if (folder / checkpoint.LAST).exists():
+        raise TrainingError(
+            f"{folder} holds a run already: go on with --resume {folder}, or give another --out"
+        )
+    make_deterministic(options)
+    data = load(options)
+    model = make_model(options, len(data.classes))
+    if options.start is not None:
+        take_weights(model, checkpoint.load(options.start)["model"])
+    return Trainer(model, data, options, folder, screen=screen)
+
+
+def take_weights(model: nn.Module, weights: dict[str, Any]) -> list[str]:
+    """Loads the weights whose name and shape fit, and returns the layers that keep their own.
+
+    Raises:
+        TrainingError: where none fits.
+    """
+    own = model.state_dict()
+    fitting = {
+        name: value
+        for name, value in weights.items()
+        if name in own and own[name].shape == value.shape
+    }
+    if not fitting:
+        raise TrainingError(
+            "no weight of the checkpoint fits this network; give its --preset and --set"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return sorted({name.rpartition(".")[0] for name in own if name not in fitting})
+
+
+def resume(folder: Path, changes: dict[str, Any], screen: Screen | None = None) -> Trainer:
+    """A trainer that goes on where the run in ``folder`` stopped; ``changes`` override its options."""
+    path = folder / "options.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError as failure:
+        raise TrainingError(f"{folder} holds no run: {path} is missing") from failure
+    options = dataclasses.replace(Options(**saved), **changes)
+    make_deterministic(options)
+    data: Data = load(options)
+    model = make_model(options, len(data.classes))
+    if options.start is not None:
+        take_weights(model, checkpoint.load(options.start)["model"])
+    trainer = Trainer(model, data, options, folder, screen=screen)
+    if not trainer.resume():
+        trainer.screen.say(f"{folder} has no checkpoint yet: starting from the beginning")
+    return trainer

@@ -1,0 +1,353 @@
+"""The training loop: one network, one data set, one folder, and nothing lost when it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalex.models.alexnet import PRESETS
+from fastalex.train import checkpoint
+from fastalex.train.batches import Batch, Pipeline, Positions, TrainingBatches, make_loader
+from fastalex.train.data import Data
+from fastalex.train.errors import Interrupted, TrainingError
+from fastalex.train.metrics import Scores, predict, score
+from fastalex.train.options import Options
+from fastalex.train.recipe import make_optimizer, make_schedule
+from fastalex.train.screen import Screen
+from fastalex.train.statistics import Statistics, measure
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is; all of it is in every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch; the steps before it are done
+    loss: float = 0.0  # sums over the epoch's images so far
+    wrong: int = 0
+    seen: int = 0
+    best_loss: float = float("inf")
+    best_epoch: int = -1
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+
+
+class Trainer:
+    """Trains ``model`` on ``data`` as ``options`` say, and keeps checkpoints in ``folder``.
+
+    Args:
+        model: any module from [N, 3, crop, crop] to logits [N, classes]; moved to the options' device unless it
+            is spread over devices already (then it has ``placed = True``).
+        data: from ``fastalex.train.data.load``, which also fills in the options' defaults.
+        options: the recipe.
+        folder: made where it is missing.
+        group: a process group whose members each train on their share of every batch. The model must reduce
+            gradients itself, as DistributedDataParallel does; the group's first process writes and speaks.
+        screen: where the run reports; by default the terminal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        options: Options,
+        folder: Path | str,
+        *,
+        group: Any = None,
+        screen: Screen | None = None,
+    ) -> None:
+        self.options = options
+        self.data = data
+        self.folder = Path(folder)
+        self.device = choose_device(options.device)
+        self.group = group
+        self.rank: int = 0 if group is None else group.rank()
+        self.world: int = 1 if group is None else group.size()
+        self.screen = screen or Screen(quiet=self.rank != 0)
+        self.model = model if getattr(model, "placed", False) else model.to(self.device)
+        self.optimizer = make_optimizer(self.model, options)
+        self.schedule = make_schedule(self.optimizer, options)
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+        self.statistics: Statistics | None = None
+        self._stop_signal: int | None = None
+
+    # --- running --------------------------------------------------------------------------------
+
+    def fit(self) -> Scores:
+        """Trains to the end, or to an early stop, and scores the best epoch on the test set.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after the run was saved.
+            TrainingError: where the run cannot go on; its message says what is safe.
+        """
+        self._prepare()
+        options, progress = self.options, self.progress
+        assert options.epochs is not None
+        batches = TrainingBatches(
+            self.data.train,
+            self.pipeline,
+            options.batch or 1,
+            options.seed,
+            on_device=self.device.type != "cpu",
+            shard=(self.rank, self.world),
+        )
+        positions = Positions(len(batches))
+        loader = make_loader(batches, options.workers or 0, sampler=positions)
+        with self._signals(), self.screen.bar(options.epochs * len(batches)) as bar:
+            while progress.epoch < options.epochs and not self._has_stopped_early():
+                positions.epoch, positions.first = progress.epoch, progress.step
+                began, before = time.perf_counter(), progress.seen
+                self.model.train()
+                with _explained_workers():
+                    for batch in loader:
+                        self._step(batch)
+                        bar.advance(progress, len(batches), progress.seen - before, began)
+                        self._save_if_due()
+                self._end_epoch(progress.seen - before, time.perf_counter() - began)
+        return self.test()
+
+    def test(self) -> Scores:
+        """The best epoch's scores on the test set, single view."""
+        best = checkpoint.load(self.folder / checkpoint.BEST, self.device)
+        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(best["model"])
+        scores = self._score(self.data.test)
+        self.model.load_state_dict(now)
+        return scores
+
+    def _prepare(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise TrainingError(
+                f"{self.folder} cannot be made: {failure.strerror}; give a folder you may write to "
+                "with --out"
+            ) from failure
+        if self.statistics is None:
+            self.statistics = measure(self.data.train, takes_levels(self.options))
+        side = min(self.statistics.mean.shape[:2])
+        if not 0 < (self.options.crop or 0) <= side:
+            raise TrainingError(f"--crop is {self.options.crop}; the images are {side} pixels wide")
+        self.pipeline = Pipeline(self.options, self.statistics, len(self.data.classes))
+        if self.rank == 0:
+            checkpoint.save_json(dataclasses.asdict(self.options), self.folder / "options.json")
+
+    def _step(self, batch: Batch) -> None:
+        progress = self.progress
+        self._count_unreadable(batch.failures)
+        progress.step += 1
+        if not len(batch.labels):
+            return
+        images, labels = self._on_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._precision():
+            logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+        value = loss.item()
+        if value != value or value in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss became {value} in epoch {progress.epoch + 1}, step {progress.step}. No "
+                f"checkpoint was written since: {self._where_saved()}. Lower --lr, or clip gradients "
+                "with --clip 1"
+            )
+        loss.backward()
+        if self.options.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizer.step()
+        targets = labels if labels.dim() == 1 else labels.argmax(1)
+        progress.loss += value * len(images)
+        progress.wrong += int((logits.argmax(1) != targets).sum())
+        progress.seen += len(images)
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        if batch.draws:
+            images = self.pipeline.apply(images, batch.draws)
+            images, labels = self.pipeline.regularise(images, labels)
+        return images, labels
+
+    def _precision(self) -> Any:
+        if self.options.amp == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _end_epoch(self, images: int, seconds: float) -> None:
+        progress = self.progress
+        scores = self._score(self.data.validation)
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": rate,
+            "train_loss": progress.loss / max(1, progress.seen),
+            "train_error": progress.wrong / max(1, progress.seen),
+            "loss": scores.loss,
+            "top1_error": scores.top1_error,
+            "top5_error": scores.top5_error,
+            "images_per_second": images / seconds,
+        }
+        self.history.append(row)
+        self.schedule.step(scores.loss)
+        better = scores.loss < progress.best_loss
+        if better:
+            progress.best_loss, progress.best_epoch = scores.loss, progress.epoch
+        progress.epoch += 1
+        progress.step = progress.wrong = progress.seen = 0
+        progress.loss = 0.0
+        self.screen.epoch(row, better)
+        # The best first: killed between the two, the run repeats this epoch and writes the same again.
+        if better:
+            self.save(checkpoint.BEST)
+        self.save()
+
+    def _has_stopped_early(self) -> bool:
+        stop, progress = self.options.stop, self.progress
+        return bool(stop) and progress.epoch - 1 - progress.best_epoch >= (stop or 0)
+
+    def _score(self, images: Any) -> Scores:
+        options = self.options
+        with self._precision(), _explained_workers():
+            predictions = predict(
+                self.model, images, self.pipeline, batch=options.batch or 1, device=self.device
+            )
+        return score(*predictions)
+
+    def _count_unreadable(self, failures: list[str]) -> None:
+        known = self.progress.unreadable
+        fresh = [failure for failure in failures if failure not in known]
+        known.extend(fresh)
+        for failure in fresh:
+            self.screen.say(f"skipped an unreadable image: {failure}")
+        allowed = self.options.max_corrupt * len(self.data.train)
+        if fresh and len(known) > allowed:
+            raise TrainingError(
+                f"{len(known)} of {len(self.data.train)} training images cannot be read, more than "
+                f"--max-corrupt {self.options.max_corrupt:g} allows; the last is {fresh[-1]}. "
+                f"{self._where_saved()}"
+            )
+
+    # --- saving ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        assert self.statistics is not None
+        return {
+            "options": dataclasses.asdict(self.options),
+            "classes": self.data.classes,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "random": checkpoint.random_state(),
+            "statistics": self.statistics.state(),
+            "history": self.history,
+        }
+
+    def save(self, name: str = checkpoint.LAST) -> None:
+        if self.rank == 0:
+            checkpoint.save(self.state(), self.folder / name)
+
+    def resume(self) -> bool:
+        """Goes back to the folder's last checkpoint; False where the run had not come to one."""
+        path = self.folder / checkpoint.LAST
+        if not path.exists():
+            return False
+        state = checkpoint.load(path, self.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.progress = Progress(**state["progress"])
+        self.history = state["history"]
+        self.statistics = Statistics(**state["statistics"])
+        checkpoint.restore_random_state(state["random"])
+        return True
+
+    def _save_if_due(self) -> None:
+        if self._stop_signal is not None:
+            self.save()
+            raise Interrupted(
+                f"saved in {self.folder} at epoch {self.progress.epoch + 1}, step "
+                f"{self.progress.step}; go on with --resume {self.folder}"
+            )
+        every = self.options.save_every
+        if every and self.progress.step % every == 0:
+            self.save()
+
+    def _where_saved(self) -> str:
+        last = self.folder / checkpoint.LAST
+        return (
+            f"{last} is intact" if last.exists() else "the run had not come to its first checkpoint"
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a save at the end of the step; a second one ends the process at once."""
+
+        def ask(number: int, _: Any) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            self.screen.say("stopping at the end of this step; once more to leave at once")
+
+        before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # only the main thread may listen
+            before.update(
+                (each, signal.signal(each, ask)) for each in (signal.SIGINT, signal.SIGTERM)
+            )
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def _explained_workers() -> Iterator[None]:
+    """A data worker that dies takes no weights with it."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as failure:
+        # Torch notices by a signal; or else the pipe that a batch was to come through breaks first.
+        if isinstance(failure, RuntimeError) and "DataLoader worker" not in str(failure):
+            raise
+        reason = str(failure).partition("\n")[0] or type(failure).__name__
+        raise TrainingError(
+            f"a process that prepared batches died: {reason}. Go on with --resume; where memory ran out, "
+            "use fewer --workers"
+        ) from failure
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as failure:
+        raise TrainingError(f"--device {name}: {str(failure).splitlines()[0]}") from failure
+
+
+def takes_levels(options: Options) -> bool:
+    """Weights as the paper and its successors draw them expect pixels of 0 to 255, torch's own unit deviation."""
+    if options.levels is not None:
+        return options.levels
+    preset = PRESETS.get(options.preset or "", {"init": "torch"})
+    return bool({**preset, **options.model_arguments()}.get("init") != "torch")
+
+
+def make_deterministic(options: Options) -> None:
+    """Seeds everything, and allows only algorithms that repeat."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # torch's own LRN has no deterministic gradient on CUDA: the stock network may only be warned about.
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=options.stock)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    checkpoint.seed_everything(options.seed)
