@@ -1,0 +1,136 @@
+"""``fastalex.optimize``: puts fastalex's operators into a model that somebody else wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastalex._optimize import layout, match, swap
+from fastalex._optimize.report import Entry, Report
+from fastalex._optimize.trace import Trace, Untraceable, trace
+
+__all__ = ["Report", "optimize"]
+
+#: Wrappers whose forward belongs to torch; the model inside is what is optimised.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def optimize(model: nn.Module, example: Any = None) -> Report:
+    """Makes ``model`` faster where it stands, and tells what was done.
+
+    Args:
+        model: any module; it stays the same object, with the same submodules, parameters and state dict.
+        example: an input, or a tuple of inputs; with it each replacement is timed and kept only where it is faster.
+
+    Returns:
+        The report: ``print`` it; ``restore()`` undoes everything.
+
+    Raises:
+        TypeError: for anything but a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__name__}")
+    return _Optimizer(model).run()
+
+
+class _Optimizer:
+    """One walk over a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.report = Report(model)
+        self.graphs: dict[nn.Module, dict[swap.Key, Trace]] = {}
+        self.steps: set[str] = set()  # names of layers that became part of a step
+
+    def run(self) -> Report:
+        modules = list(self.model.named_modules())
+        for _, module in modules:
+            swap.restore(module)
+        for name, module in modules:
+            self._trace(name, module)
+        runs = {
+            module: self._match(name, module) for name, module in modules if module in self.graphs
+        }
+        graphs = {
+            module: [trace.graph for trace in traces.values()]
+            for module, traces in self.graphs.items()
+        }
+        for island in layout.islands(self.model, graphs):
+            for module in island.modules():
+                for graph in graphs.get(module, ()):
+                    layout.without_views(graph)
+                    runs[module] = True
+            for graph in graphs[island]:
+                layout.enter_and_leave(graph)
+        for module, changed in runs.items():
+            if changed:
+                self._swap(module)
+        for name, module in modules:
+            self._keep(name, module)
+        return self.report
+
+    def _trace(self, name: str, module: nn.Module) -> None:
+        """Keeps the graphs of a module that calls others."""
+        refusal = _refusal(module)
+        if not module._modules:
+            return
+        if refusal is None:
+            try:
+                traces = {(mode, False): trace(module, mode) for mode in (False, True)}
+                one = next(iter(traces.values()))
+                if one.asked_kind and len(one.inputs) == 1:
+                    traces |= {(mode, True): trace(module, mode, list) for mode in (False, True)}
+                self.graphs[module] = traces
+                return
+            except Untraceable as failure:
+                refusal = str(failure)
+        self.report.entries.append(Entry(name or "(model)", type(module).__name__, None, refusal))
+
+    def _match(self, name: str, module: nn.Module) -> bool:
+        """Puts steps into the module's graphs; whether there were any."""
+        runs: dict[match.Run, None] = {}
+        for traced in self.graphs[module].values():
+            matcher = match.Matcher(module, traced.graph)
+            for found in matcher.matches():
+                runs[matcher.run_of(found)] = None
+                matcher.apply(found)
+        for run in runs:
+            paths = [_join(name, part) for part in run.names]
+            self.steps.update(paths)
+            self.report.entries.append(
+                Entry(" + ".join(paths), " + ".join(run.layers), run.step, "")
+            )
+        return bool(runs)
+
+    def _swap(self, module: nn.Module) -> None:
+        traces = self.graphs[module]
+        programs = {key: swap.Program.of(traced.graph) for key, traced in traces.items()}
+        inputs = len(next(iter(traces.values())).inputs)
+        swap.swap(module, swap.Plan.observe(module, programs, inputs))
+        self.report.modules.append(module)
+
+    def _keep(self, name: str, module: nn.Module) -> None:
+        """Accounts for a layer that is in no step."""
+        if type(module) in match.MODULES and name not in self.steps:
+            self.report.entries.append(
+                Entry(name or "(model)", type(module).__name__, None, "nothing to fuse with")
+            )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and not name.startswith("(") else name
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module's forward is not to be touched, whatever it does."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted: optimize before torch.jit.script"
+    if isinstance(module, _WRAPPERS):
+        return "it is a wrapper: the model inside was optimised"
+    if type(module).__call__ is not nn.Module.__call__:
+        return "its class has a __call__ of its own"
+    if "forward" in vars(module):
+        return "somebody replaced its forward"
+    return None

@@ -1,0 +1,51 @@
+"""A convolution's weights with the batch normalisation after it folded in, kept while both stand unchanged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+#: By the convolution's weight: the values the result was made from, and the result.
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _gain_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """norm(conv(x)) = (w x) g + b with g = gamma / sqrt(var + eps), b = (bias - mean) g + beta."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        gain = gain * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    return gain, shift * gain if norm.bias is None else torch.addcmul(norm.bias, shift, gain)
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The weight and bias of norm(conv(x)) as one convolution.
+
+    The scaled weight is kept by its values: versions miss what is written through ``.data``, by fused optimisers and by
+    a normalisation that trains.
+    """
+    weight = conv.weight
+    gain, bias = _gain_and_bias(conv, norm)
+    if _must_compute(weight, gain):
+        return weight * gain.reshape(-1, 1, 1, 1), bias
+    kept = _kept.get(weight)
+    if kept is None or not (torch.equal(kept[1], gain) and torch.equal(kept[0], weight)):
+        with torch.no_grad():
+            kept = (weight.detach().clone(), gain.detach(), weight * gain.reshape(-1, 1, 1, 1))
+        _kept[weight] = kept
+    return kept[2], bias
+
+
+def _must_compute(weight: Tensor, gain: Tensor) -> bool:
+    """Whether gradients, a trace or a transform must see the product, or no values are there to compare."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or weight.is_meta
+        or (torch.is_grad_enabled() and (weight.requires_grad or gain.requires_grad))
+    )

@@ -1,0 +1,195 @@
+"""What an optimised forward calls: several of the model's own modules in one operator, or in turn where that is due.
+
+A step gets the modules themselves at each call. Whatever happened to them meanwhile (a hook, a parametrization, another
+module in their place) shows there, and the step then calls them one after another, as the stock forward does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalex import ops
+from fastalex._optimize.fold import folded
+
+#: A ReLU as the graph had it: a module, True for a call of the function, None for none.
+ReLU = nn.Module | bool | None
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def _plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what torch's ``kind`` does with its attributes, and nothing else."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain_relu(relu: ReLU) -> bool:
+    return relu is None or relu is True or _plain(relu, nn.ReLU)
+
+
+def _real(input: Tensor) -> bool:
+    """Whether the operators are defined for this tensor: dense, real and no subclass with rules of its own."""
+    return (
+        input.is_floating_point()
+        and input.layout is torch.strided
+        and (type(input) in _PLAIN_TENSORS or torch.compiler.is_compiling())
+    )
+
+
+def _dense_weight(module: nn.Module) -> bool:
+    return type(module.weight) in _PLAIN_TENSORS
+
+
+def _rectify(input: Tensor, relu: ReLU) -> Tensor:
+    if relu is None:
+        return input
+    return F.relu(input) if isinstance(relu, bool) else relu(input)
+
+
+def _rectify_own(output: Tensor) -> Tensor:
+    """The ReLU of a tensor that nobody else has seen."""
+    return F.relu(output, inplace=not output.requires_grad)
+
+
+def convolution(
+    input: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
+) -> Tensor:
+    """relu(norm(conv(input))); a normalisation by running statistics is folded into the convolution."""
+    if not (_plain(conv, nn.Conv2d) and _dense_weight(conv) and _real(input) and _plain_relu(relu)):
+        output = conv(input)
+        return _rectify(output if norm is None else norm(output), relu)
+    weight, bias = conv.weight, conv.bias
+    if isinstance(norm, nn.BatchNorm2d) and _folds(norm, weight):
+        weight, bias = folded(conv, norm)
+    elif norm is not None:
+        return _rectify(norm(_convolve(input, conv, weight, bias, False)), relu)
+    return _convolve(input, conv, weight, bias, relu is not None)
+
+
+def convolution_add(
+    input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
+) -> Tensor:
+    """relu(norm(conv(input)) + other), as at the end of a residual block."""
+    return _rectify(convolution(input, conv, norm) + other, relu)
+
+
+def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
+    return (
+        _plain(norm, nn.BatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_mean.dtype is weight.dtype
+    )
+
+
+def _convolve(
+    input: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, relu: bool
+) -> Tensor:
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros":
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    function: Any = ops.conv2d_relu if relu else F.conv2d
+    output: Tensor = function(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    return output
+
+
+def linear(input: Tensor, linear: nn.Linear, relu: ReLU) -> Tensor:
+    """relu(linear(input))."""
+    if not (_plain(linear, nn.Linear) and _dense_weight(linear) and _plain_relu(relu)):
+        return _rectify(linear(input), relu)
+    return _rectify_own(F.linear(input, linear.weight, linear.bias))
+
+
+def lrn(input: Tensor, norm: nn.LocalResponseNorm) -> Tensor:
+    """norm(input)."""
+    if not (_plain(norm, nn.LocalResponseNorm) and _real(input)):
+        return norm(input)  # type: ignore[no-any-return]
+    return ops.local_response_norm(input, norm.size, norm.alpha, norm.beta, norm.k)
+
+
+def max_pool(input: Tensor, pool: nn.MaxPool2d) -> Any:
+    """pool(input)."""
+    if not (_plain(pool, nn.MaxPool2d) and _real(input)):
+        return pool(input)
+    return ops.max_pool2d(
+        input,
+        pool.kernel_size,
+        pool.stride,
+        pool.padding,
+        pool.dilation,
+        pool.ceil_mode,
+        pool.return_indices,
+    )
+
+
+def relu_max_pool(input: Tensor, relu: ReLU, pool: nn.MaxPool2d) -> Any:
+    """pool(relu(input)), the ReLU after the pool: the two commute, and fewer elements are left there."""
+    if not (_plain_relu(relu) and _plain(pool, nn.MaxPool2d) and _real(input)):
+        return pool(_rectify(input, relu))
+    if pool.return_indices:  # they tell the ReLU's zeros apart
+        return pool(_rectify(input, relu))
+    return _rectify_own(max_pool(input, pool))
+
+
+def lrn_max_pool(input: Tensor, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) -> Any:
+    """pool(norm(input)) in one pass."""
+    if (
+        not (_plain(norm, nn.LocalResponseNorm) and _plain(pool, nn.MaxPool2d) and _real(input))
+        or input.dim() != 4  # of three dimensions the stock LRN takes the first for the batch
+        or pool.return_indices
+        or pool.dilation not in (1, (1, 1))
+    ):
+        return max_pool(lrn(input, norm), pool)
+    return ops.lrn_max_pool2d(
+        input,
+        norm.size,
+        norm.alpha,
+        norm.beta,
+        norm.k,
+        pool.kernel_size,
+        pool.stride,
+        pool.padding,
+        pool.ceil_mode,
+    )
+
+
+def enter(input: Any) -> Any:
+    """A batch of maps in channels_last, the layout of the kernels; anything else as it is."""
+    if (
+        isinstance(input, Tensor)
+        and input.dim() == 4
+        and input.is_floating_point()
+        and (torch.compiler.is_compiling() or not torch._C._functorch.peek_interpreter_stack())
+    ):
+        return input.contiguous(memory_format=torch.channels_last)
+    return input
+
+
+def leave(output: Any, inputs: tuple[Any, ...]) -> Any:
+    """Maps in the layout that stock layers would have given: the inputs'."""
+    for input in inputs:
+        if isinstance(input, Tensor) and input.dim() == 4 and not input.is_contiguous():
+            return output
+    return _contiguous(output)
+
+
+def _contiguous(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.contiguous() if output.dim() == 4 else output
+    if isinstance(output, dict):
+        return type(output)((key, _contiguous(value)) for key, value in output.items())
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(_contiguous, output))
+    if isinstance(output, (list, tuple)):
+        return type(output)(map(_contiguous, output))
+    return output
