@@ -110,41 +110,64 @@ def test_lists_are_pairs(name):
 
 
 native = torch.ops.fastalex_cpu
-POOLING = (3, 3, 2, 2, 0, 0)
 OFFSETS = torch.zeros(2, 4, 2, 2, dtype=torch.uint8)
-HUGE = 2**62
+HUGE = 2**40
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def lrn_numbers(size=5, groups=1):
+    return numbers(size, 0.1, 0.75, 1.0, groups)
+
+
+def pool_numbers(*more, kernel=3, stride=2, padding=0, dilation=1):
+    """Of a pool, with the same number for height and width; ``more`` follows."""
+    return numbers(*(v for v in (kernel, stride, padding, dilation) for _ in range(2)), *more)
+
+
+FUSED = torch.cat([lrn_numbers(), pool_numbers()])
 
 NONSENSE = {
-    "lrn of rank 2": lambda: native.lrn(X[0, 0], 5, 0.1, 0.75, 1.0, 1),
-    "lrn of ints": lambda: native.lrn(X.int(), 5, 0.1, 0.75, 1.0, 1),
-    "lrn groups": lambda: native.lrn(X, 5, 0.1, 0.75, 1.0, 3),
-    "lrn no groups": lambda: native.lrn(X, 5, 0.1, 0.75, 1.0, 0),
-    "lrn size": lambda: native.lrn(X, -1, 0.1, 0.75, 1.0, 1),
-    "lrn grad shape": lambda: native.lrn_backward(X[:1], X, 5, 0.1, 0.75, 1.0, 1),
-    "lrn grad dtype": lambda: native.lrn_backward(X.double(), X, 5, 0.1, 0.75, 1.0, 1),
-    "pool kernel": lambda: native.max_pool(X, 9, 9, 1, 1, 0, 0, 1, 1, False),
-    "pool stride": lambda: native.max_pool(X, 3, 3, 0, 1, 0, 0, 1, 1, False),
-    "pool padding": lambda: native.max_pool(X, 3, 3, 1, 1, 2, 0, 1, 1, False),
-    "pool overflow": lambda: native.max_pool(X, 5, 5, 1, 1, 0, 0, HUGE, HUGE, False),
-    "pool kernel overflow": lambda: native.max_pool(X, HUGE, HUGE, 1, 1, 0, 0, 4, 4, False),
+    "lrn of rank 2": lambda: native.lrn(X[0, 0], lrn_numbers()),
+    "lrn of ints": lambda: native.lrn(X.int(), lrn_numbers()),
+    "lrn groups": lambda: native.lrn(X, lrn_numbers(groups=3)),
+    "lrn no groups": lambda: native.lrn(X, lrn_numbers(groups=0)),
+    "lrn size": lambda: native.lrn(X, lrn_numbers(size=-1)),
+    "lrn half a size": lambda: native.lrn(X, lrn_numbers(size=2.5)),
+    "lrn size nan": lambda: native.lrn(X, lrn_numbers(size=float("nan"))),
+    "lrn size inf": lambda: native.lrn(X, lrn_numbers(size=float("inf"))),
+    "lrn too few numbers": lambda: native.lrn(X, lrn_numbers()[:4]),
+    "lrn strided numbers": lambda: native.lrn(X, lrn_numbers().repeat_interleave(2)[::2]),
+    "lrn numbers in float32": lambda: native.lrn(X, lrn_numbers().float()),
+    "lrn grad shape": lambda: native.lrn_backward(X[:1], X, lrn_numbers()),
+    "lrn grad dtype": lambda: native.lrn_backward(X.double(), X, lrn_numbers()),
+    "pool kernel": lambda: native.max_pool(X, pool_numbers(0, kernel=9)),
+    "pool stride": lambda: native.max_pool(X, pool_numbers(0, stride=0)),
+    "pool padding": lambda: native.max_pool(X, pool_numbers(0, padding=2)),
+    "pool overflow": lambda: native.max_pool(X, pool_numbers(0, kernel=5, dilation=HUGE)),
+    "pool kernel overflow": lambda: native.max_pool(X, pool_numbers(0, kernel=HUGE, dilation=4)),
+    "pool too many numbers": lambda: native.max_pool(X, pool_numbers(0, 0)),
     "unpool dtype": lambda: native.max_pool_backward(
-        OFFSETS.float(), OFFSETS.int(), 5, 5, *POOLING, 1, 1
+        OFFSETS.float(), OFFSETS.int(), pool_numbers(5, 5)
     ),
     "unpool shape": lambda: native.max_pool_backward(
-        torch.zeros(2, 4, 1, 1), OFFSETS, 5, 5, *POOLING, 1, 1
+        torch.zeros(2, 4, 1, 1), OFFSETS, pool_numbers(5, 5)
     ),
     "unpool to a negative size": lambda: native.max_pool_backward(
-        OFFSETS.float(), OFFSETS, -5, 5, *POOLING, 1, 1
+        OFFSETS.float(), OFFSETS, pool_numbers(-5, 5)
     ),
     "unpool to another size": lambda: native.max_pool_backward(
-        OFFSETS.float(), OFFSETS, 50, 50, *POOLING, 1, 1
+        OFFSETS.float(), OFFSETS, pool_numbers(50, 50)
+    ),
+    "fused dilation": lambda: native.lrn_max_pool(
+        X, torch.cat([lrn_numbers(), pool_numbers(0, dilation=2)])
     ),
     "fused unpool channels": lambda: native.lrn_max_pool_backward(
-        OFFSETS.float()[:, :2], X, OFFSETS[:, :2], 5, 0.1, 0.75, 1.0, 1, *POOLING
+        OFFSETS.float()[:, :2], X, OFFSETS[:, :2], FUSED
     ),
-    "fused unpool dtype": lambda: native.lrn_max_pool_backward(
-        OFFSETS.double(), X, OFFSETS, 5, 0.1, 0.75, 1.0, 1, *POOLING
-    ),
+    "fused unpool dtype": lambda: native.lrn_max_pool_backward(OFFSETS.double(), X, OFFSETS, FUSED),
     "isa": lambda: native.set_isa("mmx"),
 }
 

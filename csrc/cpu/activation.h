@@ -14,7 +14,7 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // the strides.
 struct Activation {
   Tensor tensor;
-  Map map;
+  Map map{};
 };
 
 // Throws for a dtype the kernels lack.

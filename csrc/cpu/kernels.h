@@ -15,10 +15,10 @@ struct ConvKernels;
 // s^-beta.
 struct LrnParams {
   int64_t size;
-  int64_t groups;
   double scale;
   double beta;
   double k;
+  int64_t groups;
 };
 
 struct PoolParams {

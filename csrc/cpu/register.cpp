@@ -2,24 +2,38 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "activation.h"
 #include "library.h"
+#include "numbers.h"
 
 namespace fastalex::cpu {
 namespace {
 
-LrnParams lrn_params(const Map& input, int64_t size, double scale, double beta, double k,
-                     int64_t groups) {
-  STD_TORCH_CHECK(size > 0, "fastalex: size must be positive, got ", size);
-  STD_TORCH_CHECK(groups > 0 && input.channels % groups == 0, "fastalex: ", input.channels,
-                  " channels do not divide into ", groups, " groups");
-  return {size, groups, scale, beta, k};
+constexpr int64_t kLrnNumbers = 5, kPoolNumbers = 8;
+
+LrnParams take_lrn(Numbers& numbers, const Map& input) {
+  const LrnParams lrn{.size = numbers.integer(),
+                      .scale = numbers.real(),
+                      .beta = numbers.real(),
+                      .k = numbers.real(),
+                      .groups = numbers.integer()};
+  STD_TORCH_CHECK(lrn.size > 0, "fastalex: size must be positive, got ", lrn.size);
+  STD_TORCH_CHECK(lrn.groups > 0 && input.channels % lrn.groups == 0, "fastalex: ", input.channels,
+                  " channels do not divide into ", lrn.groups, " groups");
+  return lrn;
 }
 
-// Throws unless every number makes sense; the numbers come one by one because lists cost a
-// microsecond a call.
-PoolParams checked(const PoolParams& pool) {
+PoolParams take_pool(Numbers& numbers) {
+  const PoolParams pool{.kernel_h = numbers.integer(),
+                        .kernel_w = numbers.integer(),
+                        .stride_h = numbers.integer(),
+                        .stride_w = numbers.integer(),
+                        .padding_h = numbers.integer(),
+                        .padding_w = numbers.integer(),
+                        .dilation_h = numbers.integer(),
+                        .dilation_w = numbers.integer()};
   STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 &&
                       pool.stride_w > 0 && pool.dilation_h > 0 && pool.dilation_w > 0 &&
                       pool.padding_h >= 0 && pool.padding_w >= 0,
@@ -31,6 +45,13 @@ PoolParams checked(const PoolParams& pool) {
                       pool.stride_w < kLimit && pool.dilation_h < kLimit &&
                       pool.dilation_w < kLimit,
                   "fastalex: pooling takes kernel, stride and dilation below 2^31");
+  return pool;
+}
+
+PoolParams take_undilated_pool(Numbers& numbers) {
+  const PoolParams pool = take_pool(numbers);
+  STD_TORCH_CHECK(pool.dilation_h == 1 && pool.dilation_w == 1,
+                  "fastalex: lrn_max_pool has no dilation");
   return pool;
 }
 
@@ -59,25 +80,26 @@ void require_like(const Tensor& grad, const Tensor& tensor, int64_t dims) {
   }
 }
 
-Tensor lrn(const Tensor& input, int64_t size, double scale, double beta, double k, int64_t groups) {
+Tensor lrn(const Tensor& input, const Tensor& packed) {
+  Numbers numbers(packed, kLrnNumbers);
   const Activation in = read(input);
-  const Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
-  const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
+  const LrnParams lrn = take_lrn(numbers, in.map);
   const DType dtype = dtype_of(input);
+  Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
   if (input.numel() > 0) kernels().lrn({dtype, lrn, in.map, out.map});
-  return out.tensor;
+  return std::move(out.tensor);
 }
 
-Tensor lrn_backward(const Tensor& grad, const Tensor& input, int64_t size, double scale,
-                    double beta, double k, int64_t groups) {
+Tensor lrn_backward(const Tensor& grad, const Tensor& input, const Tensor& packed) {
+  Numbers numbers(packed, kLrnNumbers);
   require_like(grad, input, input.dim());
   const Activation in = read(input);
-  const Activation g = read_as(grad, in.map.channels_last);
-  const Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
-  const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
+  const LrnParams lrn = take_lrn(numbers, in.map);
   const DType dtype = dtype_of(input);
+  const Activation g = read_as(grad, in.map.channels_last);
+  Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
   if (input.numel() > 0) kernels().lrn_backward({dtype, lrn, g.map, in.map, out.map});
-  return out.tensor;
+  return std::move(out.tensor);
 }
 
 // Checks a pool over `in` and allocates its output.
@@ -96,28 +118,38 @@ Activation create_offsets(const Activation& output, const PoolParams& pool) {
   return create(offsets_dtype(pool), output.tensor.sizes(), output.map.channels_last);
 }
 
-Tensor max_pool_inference(const Tensor& input, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
-                          int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                          int64_t dilation_h, int64_t dilation_w, bool ceil_mode) {
-  const PoolParams pool = checked(
-      {kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  const Activation in = read(input), out = create_pooled(input, in, pool, ceil_mode);
+// A pool ready to run; offsets stay empty where nobody wants them.
+struct Pooling {
+  Activation in, out, offsets;
+  MaxPoolCall call;
+};
+
+Pooling create_pooling(const Tensor& input, const PoolParams& pool, bool ceil_mode,
+                       bool save_offsets) {
+  Pooling p;
+  p.in = read(input);
   const DType dtype = dtype_of(input);
-  if (out.tensor.numel() > 0) kernels().max_pool({dtype, pool, in.map, out.map, Map{}});
-  return out.tensor;
+  p.out = create_pooled(input, p.in, pool, ceil_mode);
+  if (save_offsets) p.offsets = create_offsets(p.out, pool);
+  p.call = {dtype, pool, p.in.map, p.out.map, p.offsets.map};
+  return p;
 }
 
-std::tuple<Tensor, Tensor> max_pool(const Tensor& input, int64_t kernel_h, int64_t kernel_w,
-                                    int64_t stride_h, int64_t stride_w, int64_t padding_h,
-                                    int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-                                    bool ceil_mode) {
-  const PoolParams pool = checked(
-      {kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  const Activation in = read(input), out = create_pooled(input, in, pool, ceil_mode);
-  const Activation offsets = create_offsets(out, pool);
-  const DType dtype = dtype_of(input);
-  if (out.tensor.numel() > 0) kernels().max_pool({dtype, pool, in.map, out.map, offsets.map});
-  return {out.tensor, offsets.tensor};
+Pooling run_max_pool(const Tensor& input, const Tensor& packed, bool save_offsets) {
+  Numbers numbers(packed, kPoolNumbers + 1);
+  const PoolParams pool = take_pool(numbers);
+  Pooling p = create_pooling(input, pool, numbers.integer() != 0, save_offsets);
+  if (p.out.tensor.numel() > 0) kernels().max_pool(p.call);
+  return p;
+}
+
+Tensor max_pool_inference(const Tensor& input, const Tensor& packed) {
+  return run_max_pool(input, packed, false).out.tensor;
+}
+
+std::tuple<Tensor, Tensor> max_pool(const Tensor& input, const Tensor& packed) {
+  Pooling p = run_max_pool(input, packed, true);
+  return {std::move(p.out.tensor), std::move(p.offsets.tensor)};
 }
 
 // Gradients of an input [N, C, height, width] whose layout is the offsets' own.
@@ -150,62 +182,45 @@ Unpooling create_unpooling(const Tensor& grad, const Tensor& offsets, int64_t he
           create(dtype_code(grad), Sizes(sizes, 4), channels_last)};
 }
 
-Tensor max_pool_backward(const Tensor& grad, const Tensor& offsets, int64_t height, int64_t width,
-                         int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
-                         int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-                         int64_t dilation_w) {
-  const PoolParams pool = checked(
-      {kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+Tensor max_pool_backward(const Tensor& grad, const Tensor& offsets, const Tensor& packed) {
+  Numbers numbers(packed, kPoolNumbers + 2);
+  const PoolParams pool = take_pool(numbers);
+  const int64_t height = numbers.integer(), width = numbers.integer();
   const bool channels_last = read(offsets).map.channels_last;
   Unpooling u = create_unpooling(grad, offsets, height, width, pool, channels_last);
   const DType dtype = dtype_of(grad);
   if (u.grad_input.tensor.numel() > 0) {
     kernels().max_pool_backward({dtype, pool, u.grad.map, u.offsets.map, u.grad_input.map});
   }
-  return u.grad_input.tensor;
+  return std::move(u.grad_input.tensor);
 }
 
-Tensor lrn_max_pool_inference(const Tensor& input, int64_t size, double scale, double beta,
-                              double k, int64_t groups, int64_t kernel_h, int64_t kernel_w,
-                              int64_t stride_h, int64_t stride_w, int64_t padding_h,
-                              int64_t padding_w, bool ceil_mode) {
-  const PoolParams pool =
-      checked({kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, 1, 1});
-  const Activation in = read(input), out = create_pooled(input, in, pool, ceil_mode);
-  const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
-  const DType dtype = dtype_of(input);
-  if (out.tensor.numel() > 0) {
-    kernels().lrn_max_pool({lrn, {dtype, pool, in.map, out.map, Map{}}});
-  }
-  return out.tensor;
+Pooling run_lrn_max_pool(const Tensor& input, const Tensor& packed, bool save_offsets) {
+  Numbers numbers(packed, kLrnNumbers + kPoolNumbers + 1);
+  const LrnParams lrn = take_lrn(numbers, read(input).map);
+  const PoolParams pool = take_undilated_pool(numbers);
+  Pooling p = create_pooling(input, pool, numbers.integer() != 0, save_offsets);
+  if (p.out.tensor.numel() > 0) kernels().lrn_max_pool({lrn, p.call});
+  return p;
 }
 
-std::tuple<Tensor, Tensor> lrn_max_pool(const Tensor& input, int64_t size, double scale,
-                                        double beta, double k, int64_t groups, int64_t kernel_h,
-                                        int64_t kernel_w, int64_t stride_h, int64_t stride_w,
-                                        int64_t padding_h, int64_t padding_w, bool ceil_mode) {
-  const PoolParams pool =
-      checked({kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, 1, 1});
-  const Activation in = read(input), out = create_pooled(input, in, pool, ceil_mode);
-  const Activation offsets = create_offsets(out, pool);
-  const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
-  const DType dtype = dtype_of(input);
-  if (out.tensor.numel() > 0) {
-    kernels().lrn_max_pool({lrn, {dtype, pool, in.map, out.map, offsets.map}});
-  }
-  return {out.tensor, offsets.tensor};
+Tensor lrn_max_pool_inference(const Tensor& input, const Tensor& packed) {
+  return run_lrn_max_pool(input, packed, false).out.tensor;
+}
+
+std::tuple<Tensor, Tensor> lrn_max_pool(const Tensor& input, const Tensor& packed) {
+  Pooling p = run_lrn_max_pool(input, packed, true);
+  return {std::move(p.out.tensor), std::move(p.offsets.tensor)};
 }
 
 Tensor lrn_max_pool_backward(const Tensor& grad, const Tensor& input, const Tensor& offsets,
-                             int64_t size, double scale, double beta, double k, int64_t groups,
-                             int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
-                             int64_t padding_h, int64_t padding_w) {
-  const PoolParams pool =
-      checked({kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, 1, 1});
-  const Activation in = read(input);
+                             const Tensor& packed) {
+  Numbers numbers(packed, kLrnNumbers + kPoolNumbers);
   STD_TORCH_CHECK(input.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
+  const Activation in = read(input);
   require_like(grad, input, 2);
-  const LrnParams lrn = lrn_params(in.map, size, scale, beta, k, groups);
+  const LrnParams lrn = take_lrn(numbers, in.map);
+  const PoolParams pool = take_undilated_pool(numbers);
   Unpooling u =
       create_unpooling(grad, offsets, in.map.height, in.map.width, pool, in.map.channels_last);
   const DType dtype = dtype_of(input);
@@ -213,36 +228,33 @@ Tensor lrn_max_pool_backward(const Tensor& grad, const Tensor& input, const Tens
     kernels().lrn_max_pool_backward(
         {lrn, in.map, {dtype, pool, u.grad.map, u.offsets.map, u.grad_input.map}});
   }
-  return u.grad_input.tensor;
+  return std::move(u.grad_input.tensor);
 }
 
 }  // namespace
 }  // namespace fastalex::cpu
 
-// The geometry of a pool comes number by number: a list argument costs a microsecond a call.
-#define POOL_GEOMETRY \
-  "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
-#define LRN_ARGUMENTS "int size, float scale, float beta, float k, int groups"
-
+// numbers, in this order:
+//   of lrn: size, scale, beta, k, groups;
+//   of a pool: kernel, stride, padding and dilation, each height first.
 STABLE_TORCH_LIBRARY(fastalex_cpu, m) {
   m.def("isa() -> str");
   m.def("available_isas() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("set_poison(bool enabled) -> ()");
-  m.def("lrn(Tensor input, " LRN_ARGUMENTS ") -> Tensor");
-  m.def("lrn_backward(Tensor grad, Tensor input, " LRN_ARGUMENTS ") -> Tensor");
-  m.def("max_pool_inference(Tensor input, " POOL_GEOMETRY
-        ", int dilation_h, int dilation_w, bool ceil_mode) -> Tensor");
-  m.def("max_pool(Tensor input, " POOL_GEOMETRY
-        ", int dilation_h, int dilation_w, bool ceil_mode) -> (Tensor, Tensor)");
-  m.def("max_pool_backward(Tensor grad, Tensor offsets, int height, int width, " POOL_GEOMETRY
-        ", int dilation_h, int dilation_w) -> Tensor");
-  m.def("lrn_max_pool_inference(Tensor input, " LRN_ARGUMENTS ", " POOL_GEOMETRY
-        ", bool ceil_mode) -> Tensor");
-  m.def("lrn_max_pool(Tensor input, " LRN_ARGUMENTS ", " POOL_GEOMETRY
-        ", bool ceil_mode) -> (Tensor, Tensor)");
-  m.def("lrn_max_pool_backward(Tensor grad, Tensor input, Tensor offsets, " LRN_ARGUMENTS
-        ", " POOL_GEOMETRY ") -> Tensor");
+  m.def("lrn(Tensor input, Tensor numbers) -> Tensor");
+  m.def("lrn_backward(Tensor grad, Tensor input, Tensor numbers) -> Tensor");
+  // The pool, and ceil_mode.
+  m.def("max_pool_inference(Tensor input, Tensor numbers) -> Tensor");
+  m.def("max_pool(Tensor input, Tensor numbers) -> (Tensor, Tensor)");
+  // The pool, and the input's height and width.
+  m.def("max_pool_backward(Tensor grad, Tensor offsets, Tensor numbers) -> Tensor");
+  // lrn, the pool, and ceil_mode.
+  m.def("lrn_max_pool_inference(Tensor input, Tensor numbers) -> Tensor");
+  m.def("lrn_max_pool(Tensor input, Tensor numbers) -> (Tensor, Tensor)");
+  // lrn, and the pool.
+  m.def(
+      "lrn_max_pool_backward(Tensor grad, Tensor input, Tensor offsets, Tensor numbers) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
+Answer = TypeVar("Answer")
+
+_compiling = torch.compiler.is_compiling
+
+
+def remembered(check: Callable[..., Answer]) -> Callable[..., Answer]:
+    """``check``, which keeps its answers: repeating it would cost a small call more than the kernel does."""
+    kept = functools.lru_cache(maxsize=1024, typed=True)(check)
+
+    @functools.wraps(check)
+    def answer(*arguments: Any) -> Answer:
+        if _compiling():
+            return check(*arguments)
+        try:
+            return kept(*arguments)
+        except TypeError:  # neither a list nor a symbolic size has a hash
+            return check(*arguments)
+
+    return answer
 
 
 def pair(value: Any, name: str, minimum: int) -> Pair:
@@ -43,18 +64,18 @@ def require_rank(input: Tensor, ranks: Sequence[int], name: str) -> None:
         )
 
 
+@remembered
 def lrn_scale(
-    input: Tensor, size: int, alpha: float, groups: int, alpha_mode: str, name: str
+    shape: torch.Size, size: int, alpha: float, groups: int, alpha_mode: str, name: str
 ) -> float:
-    """Checks LRN's arguments; returns what multiplies the sum of squares."""
-    require_floating(input, name)
-    if input.dim() < 3:
+    """Checks LRN's arguments for an input of ``shape``; returns what multiplies the sum of squares."""
+    if len(shape) < 3:
         raise ValueError(
-            f"{name}: input is {input.dim()}-D {tuple(input.shape)}; it must be [N, C, ...], 3-D or more"
+            f"{name}: input is {len(shape)}-D {tuple(shape)}; it must be [N, C, ...], 3-D or more"
         )
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{name}: size is {size!r}; it must be a positive int")
-    channels = input.shape[1]
+    channels = shape[1]
     if not isinstance(groups, int) or groups < 1 or channels % groups:
         raise ValueError(f"{name}: groups is {groups!r}; it must divide the {channels} channels")
     if alpha_mode == "mean":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex import _tuning
+from fastalex import _tuning, reference
 from fastalex.backends import KernelTable, forced
 
 LIBRARY = torch.library.Library("fastalex", "DEF")
@@ -18,21 +18,33 @@ REGISTRY: dict[str, Operator] = {}
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+# Bound once, because looking them up at every call costs as much as calling them.
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_in_function_mode = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
+
+
+def _is_observed() -> bool:
+    """Whether a compiler, mode, transform, trace or forward derivative must see the operator itself."""
+    return (
+        _compiling()
+        or _dispatch_modes() > 0
+        or _in_function_mode()
+        or _transforms() is not None
+        or _tracing_state() is not None
+        or _forward_ad._current_level >= 0
+    )
+
 
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether anything (gradients, tracing, transforms, subclasses, modes) must see the operator itself.
-
-    Calling the kernel straight saves about ten microseconds, which a network at batch 1 feels.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
+    """Whether anything (gradients, tracing, transforms, subclasses, modes) must see the operator itself."""
+    if _is_observed():
         return True
-    grad = torch.is_grad_enabled()
+    grad = _grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in _PLAIN_TYPES or (grad and tensor.requires_grad)
@@ -41,27 +53,66 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return False
 
 
+def gradients_may_follow(input: Tensor) -> bool:
+    """Whether a backward pass could ask for what this call saves."""
+    if input.requires_grad and _grad_enabled():
+        return True
+    # Inside a torch.func transform an outer level may want gradients that this one cannot see.
+    return not _compiling() and _transforms() is not None
+
+
 def needs_reference() -> bool:
     """Whether forward-mode or torch.func derivatives are taken: torch.library operators have none."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if _compiling() or _transforms() is None:
         return False
     levels = torch._C._functorch.get_interpreter_stack()
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
 
+def _with_tuples(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher makes lists of what kernels know as tuples."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in args)
+
+
 class Operator:
-    """``fastalex::<name>``, run by the first backend of its table that takes the call."""
+    """``fastalex::<name>``, run by the first backend of its table that takes the call.
+
+    Calling it gives the result with whatever torch asks for around it, by the shortest way that does.
+    """
 
     def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
         self.kernels = KernelTable(self.name)
+        self._reference: Callable[..., Any] = getattr(reference, self.name)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._run_dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastalex::{self.name}", fake, lib=LIBRARY)
         self.dispatch = getattr(torch.ops.fastalex, self.name).default
+        arguments = self.dispatch._schema.arguments
+        # Every schema has its tensors first.
+        self._tensors = sum("Tensor" in str(argument.type) for argument in arguments)
         REGISTRY[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """The results of the call, differentiable in every way.
+
+        torch's dispatcher, and torch.library's autograd above all, cost more than a small kernel takes: plain tensors
+        go past both, to the kernel or to the same formula as a :class:`torch.autograd.Function`.
+        """
+        if _is_observed():
+            return (self._reference if needs_reference() else self.dispatch)(*args)
+        wants_grad = False
+        for tensor in args[: self._tensors]:
+            if tensor is not None:
+                if type(tensor) not in _PLAIN_TYPES:
+                    return self.dispatch(*args)
+                if tensor.requires_grad:
+                    wants_grad = True
+        if wants_grad and _grad_enabled():
+            return self._function.apply(*args)
+        return self.run(*args)
 
     def run(self, *args: Any) -> Any:
         """Runs the call on the chosen backend; no gradients."""
@@ -69,9 +120,28 @@ class Operator:
             _tuning.settle(self.kernels, args)
         return self.kernels.choose(*args).run(*args)
 
+    def _run_dispatched(self, *args: Any) -> Any:
+        return self.run(*_with_tuples(args))
+
     def register_autograd(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        """One formula, for the dispatcher and for plain tensors; ``setup(ctx, inputs, output)`` saves."""
+
+        def setup_dispatched(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, _with_tuples(inputs), output)
+
         torch.library.register_autograd(
-            f"fastalex::{self.name}", backward, setup_context=setup, lib=LIBRARY
+            f"fastalex::{self.name}", backward, setup_context=setup_dispatched, lib=LIBRARY
+        )
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.run(*args)
+            setup(ctx, args, output)
+            return output
+
+        self._function: Any = type(
+            f"fastalex_{self.name}",
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
         )
 
     def differentiate_reference(

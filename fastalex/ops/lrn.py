@@ -10,8 +10,8 @@ from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _torch, _triton
-from fastalex.ops._arguments import lrn_scale
-from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
+from fastalex.ops._arguments import lrn_scale, require_floating
+from fastalex.ops._operator import Operator
 
 _ARGUMENTS = "int size, float scale, float beta, float k, int groups"
 
@@ -29,10 +29,22 @@ LRN_BACKWARD = Operator(
     f"lrn_backward(Tensor grad, Tensor input, {_ARGUMENTS}) -> Tensor", _like_second
 )
 
+_native_lrn = _cpu.native("lrn")
+_native_lrn_backward = _cpu.native("lrn_backward")
+
+
+def _cpu_lrn(input: Tensor, *arguments: Any) -> Tensor:
+    return _native_lrn(input, _cpu.numbers(*arguments))  # type: ignore[no-any-return]
+
+
+def _cpu_lrn_backward(grad: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    return _native_lrn_backward(grad, input, _cpu.numbers(*arguments))  # type: ignore[no-any-return]
+
+
 LRN.kernels.add("torch", _torch.in_layout(reference.lrn, 0), no_refusal)
 LRN_BACKWARD.kernels.add("torch", _torch.in_layout(reference.lrn_backward, 1), no_refusal)
-LRN.kernels.add("cpu", _cpu.library.lrn.default, _cpu.refuse)
-LRN_BACKWARD.kernels.add("cpu", _cpu.library.lrn_backward.default, _cpu.refuse)
+LRN.kernels.add("cpu", _cpu_lrn, _cpu.refuse)
+LRN_BACKWARD.kernels.add("cpu", _cpu_lrn_backward, _cpu.refuse)
 LRN.kernels.add("triton", **_triton.kernel("lrn", "lrn"))
 LRN_BACKWARD.kernels.add("triton", **_triton.kernel("lrn", "lrn_backward"))
 
@@ -44,7 +56,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (input,) = ctx.saved_tensors
-    return LRN_BACKWARD.dispatch(grad, input, *ctx.arguments), *(None,) * len(ctx.arguments)
+    return LRN_BACKWARD(grad, input, *ctx.arguments), *(None,) * len(ctx.arguments)
 
 
 LRN.register_autograd(_backward, _save)
@@ -91,13 +103,10 @@ def local_response_norm(
 
     The CPU kernels need scratch of at most a few hundred KiB a thread.
     """
-    scale = lrn_scale(input, size, alpha, groups, alpha_mode, "local_response_norm")
-    if needs_dispatcher(input):
-        if needs_reference():
-            return reference.lrn(input, size, scale, beta, k, groups)
-        output: Tensor = LRN.dispatch(input, size, scale, beta, k, groups)
-        return output
-    return LRN.run(input, size, scale, beta, k, groups)  # type: ignore[no-any-return]
+    name = "local_response_norm"
+    require_floating(input, name)
+    scale = lrn_scale(input.shape, size, alpha, groups, alpha_mode, name)
+    return LRN(input, size, scale, beta, k, groups)  # type: ignore[no-any-return]
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

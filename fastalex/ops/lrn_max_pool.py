@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _torch, _triton
-from fastalex.ops._arguments import Pair, lrn_scale, require_tensor
-from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
-from fastalex.ops.max_pool import fake_pool, must_save_offsets, pool_geometry, require_poolable
+from fastalex.ops._arguments import Pair, lrn_scale, require_floating
+from fastalex.ops._operator import Operator, gradients_may_follow
+from fastalex.ops.max_pool import fake_pool, pool_geometry
 
 _LRN = "int size, float scale, float beta, float k, int groups"
 _POOL = "int[2] kernel_size, int[2] stride, int[2] padding"
@@ -49,6 +48,10 @@ LRN_MAX_POOL_BACKWARD = Operator(
     _fake_backward,
 )
 
+_native_lrn_max_pool = _cpu.native("lrn_max_pool")
+_native_lrn_max_pool_inference = _cpu.native("lrn_max_pool_inference")
+_native_lrn_max_pool_backward = _cpu.native("lrn_max_pool_backward")
+
 
 def _cpu_lrn_max_pool(
     input: Tensor,
@@ -63,22 +66,19 @@ def _cpu_lrn_max_pool(
     ceil_mode: bool,
     save_offsets: bool,
 ) -> tuple[Tensor, Tensor]:
-    library = _cpu.library
-    native = library.lrn_max_pool if save_offsets else library.lrn_max_pool_inference
-    result = native.default(
-        input, size, scale, beta, k, groups, *kernel_size, *stride, *padding, ceil_mode
+    numbers = _cpu.numbers(
+        size, scale, beta, k, groups, kernel_size, stride, padding, (1, 1), ceil_mode
     )
-    return result if save_offsets else (result, input.new_empty(0, dtype=torch.uint8))
+    if save_offsets:
+        return _native_lrn_max_pool(input, numbers)  # type: ignore[no-any-return]
+    return _native_lrn_max_pool_inference(input, numbers), _cpu.NOTHING
 
 
 def _cpu_lrn_max_pool_backward(
     grad: Tensor, input: Tensor, offsets: Tensor, *arguments: Any
 ) -> Tensor:
-    *lrn, kernel_size, stride, padding = arguments
-    result: Tensor = _cpu.library.lrn_max_pool_backward.default(
-        grad, input, offsets, *lrn, *kernel_size, *stride, *padding
-    )
-    return result
+    numbers = _cpu.numbers(*arguments, (1, 1))
+    return _native_lrn_max_pool_backward(grad, input, offsets, numbers)  # type: ignore[no-any-return]
 
 
 LRN_MAX_POOL.kernels.add("torch", _torch.in_layout(reference.lrn_max_pool, 0), no_refusal)
@@ -103,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     input, offsets = ctx.saved_tensors
     if offsets is None:
         raise RuntimeError("lrn_max_pool ran with save_offsets=False, so it has no gradient")
-    gradient = LRN_MAX_POOL_BACKWARD.dispatch(grad, input, offsets, *ctx.arguments)
+    gradient = LRN_MAX_POOL_BACKWARD(grad, input, offsets, *ctx.arguments)
     return gradient, *(None,) * 10
 
 
@@ -144,21 +144,14 @@ def lrn_max_pool2d(
     Raises:
         TypeError, ValueError: as the two operators.
     """
-    geometry = pool_geometry(kernel_size, stride, padding, 1)
-    require_tensor(input, "lrn_max_pool2d")
-    batched = input if input.dim() != 3 else input.unsqueeze(0)
-    scale = lrn_scale(batched, size, alpha, groups, alpha_mode, "lrn_max_pool2d")
-    require_poolable(input, geometry, ceil_mode, "lrn_max_pool2d")
-    lrn = (size, scale, beta, k, groups)
-    pool = (*geometry[:3], ceil_mode)
-    if needs_dispatcher(input):
-        if needs_reference():
-            output, _ = reference.lrn_max_pool(batched, *lrn, *pool, save_offsets=False)
-        else:
-            output, _ = LRN_MAX_POOL.dispatch(batched, *lrn, *pool, must_save_offsets(input))
-    else:
-        output, _ = LRN_MAX_POOL.run(batched, *lrn, *pool, False)
-    return output if input.dim() == 4 else output.squeeze(0)
+    name = "lrn_max_pool2d"
+    require_floating(input, name)
+    geometry = pool_geometry(input.shape, kernel_size, stride, padding, 1, ceil_mode, name)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    scale = lrn_scale(batched.shape, size, alpha, groups, alpha_mode, name)
+    save = gradients_may_follow(input)
+    output, _ = LRN_MAX_POOL(batched, size, scale, beta, k, groups, *geometry[:3], ceil_mode, save)
+    return output if input.dim() == 4 else output.squeeze(0)  # type: ignore[no-any-return]
 
 
 class LRNMaxPool2d(nn.Module):

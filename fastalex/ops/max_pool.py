@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _torch, _triton
-from fastalex.ops._arguments import Pair, pair, require_rank, require_tensor
-from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
+from fastalex.ops._arguments import Pair, pair, remembered, require_tensor
+from fastalex.ops._operator import Operator, gradients_may_follow
 
 Geometry = tuple[Pair, Pair, Pair, Pair]  # kernel, stride, padding, dilation, each (height, width)
 
@@ -63,6 +61,10 @@ MAX_POOL_BACKWARD = Operator(
     _fake_backward,
 )
 
+_native_max_pool = _cpu.native("max_pool")
+_native_max_pool_inference = _cpu.native("max_pool_inference")
+_native_max_pool_backward = _cpu.native("max_pool_backward")
+
 
 def _cpu_max_pool(
     input: Tensor,
@@ -73,16 +75,17 @@ def _cpu_max_pool(
     ceil_mode: bool,
     save_offsets: bool,
 ) -> tuple[Tensor, Tensor]:
-    native = _cpu.library.max_pool if save_offsets else _cpu.library.max_pool_inference
-    result = native.default(input, *kernel_size, *stride, *padding, *dilation, ceil_mode)
-    return result if save_offsets else (result, input.new_empty(0, dtype=torch.uint8))
+    numbers = _cpu.numbers(kernel_size, stride, padding, dilation, ceil_mode)
+    if save_offsets:
+        return _native_max_pool(input, numbers)  # type: ignore[no-any-return]
+    return _native_max_pool_inference(input, numbers), _cpu.NOTHING
 
 
 def _cpu_max_pool_backward(
     grad: Tensor, offsets: Tensor, input_size: Pair, *geometry: Pair
 ) -> Tensor:
-    numbers = (number for both in (input_size, *geometry) for number in both)
-    return _cpu.library.max_pool_backward.default(grad, offsets, *numbers)  # type: ignore[no-any-return]
+    numbers = _cpu.numbers(*geometry, input_size)
+    return _native_max_pool_backward(grad, offsets, numbers)  # type: ignore[no-any-return]
 
 
 MAX_POOL.kernels.add("torch", _torch.in_layout(reference.max_pool, 0), no_refusal)
@@ -104,7 +107,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (offsets,) = ctx.saved_tensors
     if offsets is None:
         raise RuntimeError("max_pool ran with save_offsets=False, so it has no gradient")
-    return MAX_POOL_BACKWARD.dispatch(grad, offsets, ctx.input_size, *ctx.geometry), *(None,) * 6
+    return MAX_POOL_BACKWARD(grad, offsets, ctx.input_size, *ctx.geometry), *(None,) * 6
 
 
 MAX_POOL.register_autograd(_backward, _save)
@@ -113,8 +116,19 @@ MAX_POOL_BACKWARD.differentiate_reference(reference.max_pool_backward, tensors=[
 MAX_POOL_BACKWARD.register_vmap([0, 1])
 
 
-def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Geometry:
-    """Checked (height, width) pairs; the stride defaults to the kernel's size."""
+@remembered
+def pool_geometry(
+    shape: torch.Size,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    name: str,
+) -> Geometry:
+    """Checks a pool over an input of ``shape``; returns (height, width) pairs, the stride defaulted to the kernel's."""
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{name}: input is {len(shape)}-D {tuple(shape)}; it must be 3-D or 4-D")
     kernel = pair(kernel_size, "kernel_size", 1)
     defaulted = stride is None or (isinstance(stride, (tuple, list)) and not stride)
     steps = kernel if defaulted else pair(stride, "stride", 1)
@@ -124,48 +138,17 @@ def pool_geometry(kernel_size: Any, stride: Any, padding: Any, dilation: Any) ->
         raise ValueError(
             f"padding is {padding!r}; it must be at most half of kernel_size {kernel_size!r}"
         )
-    return kernel, steps, pads, spread
-
-
-_cached_geometry = functools.lru_cache(maxsize=256)(pool_geometry)
-
-
-def _geometry(*arguments: Any) -> Geometry:
-    """pool_geometry, looked up where it can be: the checks cost as much as a small pool."""
-    if torch.compiler.is_compiling():
-        return pool_geometry(*arguments)
-    try:
-        return _cached_geometry(*arguments)
-    except TypeError:  # a list has no hash
-        return pool_geometry(*arguments)
-
-
-def require_poolable(input: Tensor, geometry: Geometry, ceil_mode: bool, name: str) -> None:
-    """Raises unless ``input`` is [N, C, H, W] or [C, H, W] with room for a window."""
-    kernel, stride, padding, dilation = geometry
-    shape = input.shape
-    require_rank(input, (3, 4), name)
     if shape[-3] == 0:
         raise ValueError(f"{name}: input is {tuple(shape)}; only the batch may be empty")
     for d in (0, 1):
         size = shape[d - 2]
-        windows = pooled_size(size, kernel[d], stride[d], padding[d], dilation[d], ceil_mode)
+        windows = pooled_size(size, kernel[d], steps[d], pads[d], spread[d], ceil_mode)
         if size == 0 or windows < 1:
             raise ValueError(
-                f"{name}: kernel_size {kernel} with padding {padding} and dilation {dilation} does "
+                f"{name}: kernel_size {kernel} with padding {pads} and dilation {spread} does "
                 f"not fit input {tuple(shape)}; every spatial size must hold at least one window"
             )
-
-
-def must_save_offsets(input: Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    if input.requires_grad and torch.is_grad_enabled():
-        return True
-    # Inside a torch.func transform an outer level may want gradients that this one cannot see.
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return kernel, steps, pads, spread
 
 
 def max_pool2d(
@@ -198,18 +181,12 @@ def max_pool2d(
             with no room for a window.
     """
     require_tensor(input, "max_pool2d")
-    geometry = _geometry(kernel_size, stride, padding, dilation)
-    require_poolable(input, geometry, ceil_mode, "max_pool2d")
+    geometry = pool_geometry(
+        input.shape, kernel_size, stride, padding, dilation, ceil_mode, "max_pool2d"
+    )
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    if needs_dispatcher(input):
-        if needs_reference():
-            return F.max_pool2d(  # type: ignore[call-overload, no-any-return]
-                input, *geometry, ceil_mode=ceil_mode, return_indices=return_indices
-            )
-        save = return_indices or must_save_offsets(input)
-        output, offsets = MAX_POOL.dispatch(batched, *geometry, ceil_mode, save)
-    else:
-        output, offsets = MAX_POOL.run(batched, *geometry, ceil_mode, return_indices)
+    save = return_indices or gradients_may_follow(input)
+    output, offsets = MAX_POOL(batched, *geometry, ceil_mode, save)
     if input.dim() == 3:
         output = output.squeeze(0)
     if not return_indices:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex._geometry import empty_in_layout, offsets_dtype
+from fastalex._geometry import offsets_dtype
 
 Ints: TypeAlias = "torch.Size | list[int] | tuple[int, ...]"  # what torch takes for int[]
 
@@ -89,8 +89,7 @@ def max_pool(
         input, kernel_size, stride, padding, dilation, ceil_mode
     )
     offsets = _indices_to_offsets(indices, input.shape[-2:], kernel_size, stride, padding, dilation)
-    saved = empty_in_layout(output, output.shape, offsets_dtype(kernel_size))
-    return output, saved.copy_(offsets)
+    return output, offsets.to(offsets_dtype(kernel_size))
 
 
 def max_pool_backward(
