@@ -16,7 +16,7 @@ from fastalex.ops.lrn import LRN, LRN_BACKWARD
 from fastalex.ops.lrn_max_pool import LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD
 from fastalex.ops.max_pool import MAX_POOL, MAX_POOL_BACKWARD
 from tests.support import bounds
-from tests.support.cases import DTYPES, LAYOUTS, lay_out, with_specials
+from tests.support.cases import DTYPES, LAYOUTS, UNUSUAL_LAYOUTS, lay_out, with_specials
 
 #: Many more: FASTALEX_EXAMPLES=20000.
 examples = settings(
@@ -28,7 +28,7 @@ examples = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-layouts = st.sampled_from(LAYOUTS)
+layouts = st.sampled_from(LAYOUTS + UNUSUAL_LAYOUTS)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 

@@ -141,6 +141,14 @@ CONV_CASES = (
 )
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expanded", "transposed")
+# Rarer memory, which the random tests draw besides.
+UNUSUAL_LAYOUTS = (
+    "misaligned",
+    "misaligned_channels_last",
+    "overlapping",
+    "one_channel",
+    "swapped",
+)
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -159,6 +167,20 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         return wide[..., ::2]
     if layout == "expanded":
         return values[:1].expand(values.shape) if values.shape[0] > 1 else values
+    if layout.startswith("misaligned"):  # one element past where the allocator begins
+        plain = lay_out(
+            values, layout.removeprefix("misaligned_").replace("misaligned", "contiguous")
+        )
+        buffer = plain.new_full((plain.numel() + 1,), float("nan"))[1:]
+        return buffer.as_strided(plain.shape, plain.stride(), 1).copy_(plain)
+    if layout == "overlapping":  # each row begins on the last element of the one before
+        width = max(values.shape[-1] - 1, 1)
+        strides = [*values.stride()[:-2], width, 1]
+        return values.contiguous().as_strided(values.shape, strides)
+    if layout == "one_channel":
+        return values[:, :1].expand(values.shape)
+    if layout == "swapped":  # channels outermost in memory
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
     assert layout == "transposed"
     return values.transpose(-1, -2).contiguous().transpose(-1, -2)
 

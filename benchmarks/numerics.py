@@ -1,0 +1,289 @@
+"""``python benchmarks/numerics.py``: the error of every operator, dtype and backend on random cases, as a table.
+
+The oracle is stock torch in float64. An error is in units of the dtype's eps, relative to the terms that an element
+sums: |y - oracle| / (eps * magnitude). The magnitude is the operator's result on absolute values, or the size of the
+result itself where nothing cancels. Rounding the result alone costs up to 0.5. Stock torch runs the same cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+import fastalex
+from fastalex import _native, ops
+from fastalex.reference.lrn import _denominator_base, _window_sum
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random call: what fastalex runs, what stock torch runs, the oracle and the magnitude of its terms."""
+
+    tensors: tuple[Tensor, ...]  # float64, to be rounded to the dtype
+    ours: Callable[..., Tensor]
+    stock: Callable[..., Tensor]
+    magnitude: Callable[..., Tensor]
+
+
+@dataclass
+class Errors:
+    """Largest and mean error, in eps."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    refused: set[str] = field(default_factory=set)
+
+    def add(self, errors: Tensor) -> None:
+        if errors.numel():
+            self.largest = max(self.largest, errors.max().item())
+            self.total += errors.sum().item()
+            self.count += errors.numel()
+
+    def __str__(self) -> str:
+        if not self.count:
+            return next(iter(self.refused), "-")
+        return f"{self.largest:.2f} / {self.total / self.count:.3f}"
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def lrn_case(draw: random.Random) -> Case:
+    shape = (draw.randint(1, 2), draw.randint(1, 40), draw.randint(1, 9), draw.randint(1, 9))
+    arguments = (
+        *(draw.randint(1, 9), draw.choice((1e-4, 0.01, 0.3))),
+        *(draw.choice((0.75, 0.5, 1.0, 0.6)), draw.choice((1.0, 2.0))),
+    )
+    return Case(
+        (_normal(*shape) * draw.choice((1.0, 30.0)),),
+        lambda x: ops.local_response_norm(x, *arguments),
+        lambda x: F.local_response_norm(x, *arguments),
+        lambda x: F.local_response_norm(x, *arguments).abs(),
+    )
+
+
+def lrn_backward_case(draw: random.Random) -> Case:
+    shape = (draw.randint(1, 2), draw.randint(1, 40), draw.randint(1, 9), draw.randint(1, 9))
+    size, alpha = draw.randint(1, 9), draw.choice((1e-4, 0.01, 0.3))
+    beta, k = draw.choice((0.75, 0.5, 1.0, 0.6)), draw.choice((1.0, 2.0))
+
+    def gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, grad: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(function(leaf, size, alpha, beta, k), leaf, grad)[0]
+
+        return run
+
+    def magnitude(x: Tensor, grad: Tensor) -> Tensor:
+        scale = alpha / size
+        s = _denominator_base(x, size, scale, k, 1)
+        direct = grad.abs() * s**-beta
+        shared = _window_sum((direct * x / s).abs(), size - 1 - size // 2, size // 2, 1)
+        return direct + 2 * scale * beta * x.abs() * shared
+
+    return Case(
+        (_normal(*shape), _normal(*shape)),
+        gradient(ops.local_response_norm),
+        gradient(F.local_response_norm),
+        magnitude,
+    )
+
+
+def _pool_geometry(draw: random.Random) -> tuple[tuple[int, int], int, int, int]:
+    kernel = draw.choice((2, 3, 3, 5))
+    return (draw.randint(5, 14), draw.randint(5, 14)), kernel, draw.randint(1, 3), kernel // 2
+
+
+def max_pool_case(draw: random.Random) -> Case:
+    size, *geometry = _pool_geometry(draw)
+    return Case(
+        (_normal(draw.randint(1, 2), draw.randint(1, 24), *size),),
+        lambda x: ops.max_pool2d(x, *geometry),
+        lambda x: F.max_pool2d(x, *geometry),
+        lambda x: F.max_pool2d(x.abs(), *geometry),
+    )
+
+
+def max_pool_backward_case(draw: random.Random) -> Case:
+    """The winners are of x rounded to bfloat16, so that every dtype has the same."""
+    size, *geometry = _pool_geometry(draw)
+    x = _normal(1, draw.randint(1, 24), *size).to(torch.bfloat16).half().double()
+    outputs = F.max_pool2d(x, *geometry).shape
+
+    def gradient(pool: Callable[..., Tensor], x: Tensor, grad: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(pool(leaf, *geometry), leaf, grad)[0]
+
+    return Case(
+        (x, _normal(*outputs)),
+        lambda x, grad: gradient(ops.max_pool2d, x, grad),
+        lambda x, grad: gradient(F.max_pool2d, x, grad),
+        lambda x, grad: gradient(F.max_pool2d, x, grad.abs()),
+    )
+
+
+def lrn_max_pool_case(draw: random.Random) -> Case:
+    size, kernel, stride, padding = _pool_geometry(draw)
+    lrn = (5, draw.choice((1e-4, 0.3)), 0.75, draw.choice((1.0, 2.0)))
+
+    def stock(x: Tensor) -> Tensor:
+        return F.max_pool2d(F.local_response_norm(x, *lrn), kernel, stride, padding)
+
+    return Case(
+        (_normal(1, draw.randint(1, 40), *size),),
+        lambda x: ops.lrn_max_pool2d(x, *lrn, kernel, stride, padding),
+        stock,
+        lambda x: stock(x).abs(),
+    )
+
+
+def _conv(draw: random.Random) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int, int]]:
+    groups = draw.choice((1, 1, 2))
+    inputs, outputs = groups * draw.randint(1, 24), groups * draw.randint(1, 24)
+    kernel, stride = draw.choice((1, 3, 3, 5)), draw.choice((1, 1, 2))
+    x = _normal(draw.randint(1, 2), inputs, draw.randint(5, 15), draw.randint(5, 15)).relu()
+    weight = _normal(outputs, inputs // groups, kernel, kernel) / kernel
+    return (x, weight, _normal(outputs)), (stride, kernel // 2, 1, groups)
+
+
+def conv_relu_case(draw: random.Random) -> Case:
+    tensors, geometry = _conv(draw)
+    return Case(
+        tensors,
+        lambda *t: ops.conv2d_relu(*t, *geometry),
+        lambda *t: F.relu(F.conv2d(*t, *geometry)),
+        lambda x, w, b: F.conv2d(x.abs(), w.abs(), b.abs(), *geometry),
+    )
+
+
+def conv_relu_backward_case(draw: random.Random) -> Case:
+    """The weight's gradient; a bias of 1000 keeps every ReLU open, since rounding may flip one near zero."""
+    (x, weight, bias), geometry = _conv(draw)
+    grad = _normal(*F.conv2d(x, weight, None, *geometry).shape)
+
+    def gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+            leaf = weight.detach().requires_grad_()
+            return torch.autograd.grad(function(x, leaf, bias, *geometry), leaf, grad)[0]
+
+        return run
+
+    return Case(
+        (x, weight, torch.full_like(bias, 1000.0), grad),
+        gradient(ops.conv2d_relu),
+        gradient(lambda *t: F.relu(F.conv2d(*t))),
+        lambda x, w, b, g: gradient(F.conv2d)(x.abs(), w, b, g.abs()),
+    )
+
+
+CASES: dict[str, Callable[[random.Random], Case]] = {
+    "lrn": lrn_case,
+    "lrn_backward": lrn_backward_case,
+    "max_pool": max_pool_case,
+    "max_pool_backward": max_pool_backward_case,
+    "lrn_max_pool": lrn_max_pool_case,
+    "conv_relu": conv_relu_case,
+    "conv_relu_backward": conv_relu_backward_case,
+}
+
+
+def providers() -> Iterator[tuple[str, str, str | None]]:
+    """(column, backend, instruction set) of everything this machine can run."""
+    if _native.error is None:
+        for isa in _native.available_isas():
+            yield f"cpu {isa}", "cpu", isa
+    if torch.cuda.is_available():
+        for backend in ("triton", "cuda", "cupy"):
+            yield backend, backend, None
+    yield "torch", "torch", None
+
+
+def in_eps(result: Tensor, oracle: Tensor, magnitude: Tensor, eps: float) -> Tensor:
+    scale = magnitude.clamp_min(torch.finfo(result.dtype).smallest_normal)
+    return ((result.double() - oracle).abs() / (eps * scale)).flatten()
+
+
+def measure(op: str, dtype: torch.dtype, count: int, device: str) -> dict[str, Errors]:
+    """Errors by column over ``count`` random cases, the same for every backend."""
+    found: dict[str, Errors] = {}
+    eps = torch.finfo(dtype).eps
+    draw = random.Random(f"{op}/{dtype}")
+    torch.manual_seed(2012)
+    for index in range(count):
+        case = CASES[op](draw)
+        narrow = [tensor.to(device, dtype) for tensor in case.tensors]
+        if index % 2 and narrow[0].dim() == 4:
+            narrow[0] = narrow[0].contiguous(memory_format=torch.channels_last)
+        wide = [tensor.double().contiguous() for tensor in narrow]
+        oracle, magnitude = case.stock(*wide), case.magnitude(*wide)
+
+        def record(
+            column: str,
+            run: Callable[..., Tensor],
+            narrow: list[Tensor] = narrow,
+            oracle: Tensor = oracle,
+            magnitude: Tensor = magnitude,
+        ) -> None:
+            errors = found.setdefault(column, Errors())
+            try:
+                errors.add(in_eps(run(*narrow), oracle, magnitude, eps))
+            except (fastalex.BackendError, RuntimeError, NotImplementedError) as refusal:
+                errors.refused.add(
+                    "refused" if isinstance(refusal, fastalex.BackendError) else "raises"
+                )
+
+        record("stock", case.stock)
+        for column, backend, isa in providers():
+            if isa is not None:
+                _native.set_isa(isa)
+            with fastalex.use_backend(backend):
+                record(column, case.ours)
+    if _native.error is None:
+        _native.set_isa(_native.available_isas()[0])
+    return found
+
+
+def table(count: int, device: str) -> str:
+    columns = ["stock", *(column for column, _, _ in providers())]
+    lines = [
+        "| operator | dtype | " + " | ".join(columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    rows = [(op, name) for op in CASES for name in DTYPES]
+    for op, name in track(rows, description="operators"):
+        found = measure(op, DTYPES[name], count, device)
+        cells = " | ".join(str(found[column]) for column in columns)
+        lines.append(f"| `{op}` | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=10_000, help="per operator and dtype")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--markdown", type=pathlib.Path, help="where to write the table")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the cases are tiny
+    text = table(options.cases, options.device)
+    if options.markdown:
+        options.markdown.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
