@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build venv test test-all bench lint wheel clean
+.PHONY: build venv test test-all bench lint wheel abi clean
 
 build: $(VENV)/.built
 venv: $(VENV)/.tools
@@ -39,10 +39,18 @@ lint: build
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-# A wheel for this machine and an sdist that builds elsewhere.
+# A wheel for this kind of machine, its tag checked against what the libraries ask of the system, and an sdist that
+# builds elsewhere. torch's own libraries are the user's.
 wheel: build
-	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+	rm -rf dist
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist/built .
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+# The one wheel in a fresh environment of each torch named: gigabytes of downloads.
+TORCHES ?= 2.11.0 2.13.0 2.14.1
+abi: wheel
+	$(BIN)/python -m tests.support.abi_check dist/*.whl $(TORCHES)
 
 # Leaves the environment; the next build compiles everything again.
 clean:

@@ -14,6 +14,7 @@ from tests.support.packaging import (
     FAILING_COMPILER,
     PRETENDING_COMPILER,
     ROOT,
+    TOUR,
     build_sdist,
     compiler,
     copy_of_source,
@@ -21,22 +22,6 @@ from tests.support.packaging import (
     pip_wheel,
     python,
 )
-
-#: A call of every operator, a gradient, and what the package says of itself.
-TOUR = """
-import torch, fastalex
-from fastalex import ops
-x = torch.randn(2, 8, 13, 13, requires_grad=True)
-w = torch.randn(4, 8, 3, 3)
-for y in (
-    ops.conv2d_relu(x, w), ops.local_response_norm(x, 5), ops.max_pool2d(x, 3, 2), ops.lrn_max_pool2d(x, 5)
-):
-    y.sum().backward()
-print(fastalex.__file__, fastalex.__version__)
-fastalex.explain("lrn", x, 5)
-from fastalex.__main__ import main
-main()
-"""
 
 
 def built(source: Path, folder: Path, **environment: str) -> Path:

@@ -11,6 +11,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+#: A call of every operator, a gradient, and what the package says of itself.
+TOUR = """
+import torch, fastalex
+from fastalex import ops
+x = torch.randn(2, 8, 13, 13, requires_grad=True)
+w = torch.randn(4, 8, 3, 3)
+for y in (
+    ops.conv2d_relu(x, w), ops.local_response_norm(x, 5), ops.max_pool2d(x, 3, 2), ops.lrn_max_pool2d(x, 5)
+):
+    y.sum().backward()
+print(fastalex.__file__, fastalex.__version__)
+fastalex.explain("lrn", x, 5)
+from fastalex.__main__ import main
+main()
+"""
+
 #: A compiler that writes whatever file it is asked for, and compiles nothing.
 PRETENDING_COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
