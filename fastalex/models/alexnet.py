@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -304,6 +304,12 @@ class AlexNet(nn.Module):
         nn.init.normal_(new.weight, std=0.01)
         nn.init.zeros_(new.bias)
         self.classifier[-1] = new
+
+    def parallelize(self, devices: Sequence[str | torch.device]) -> nn.Module:
+        """This network with one tower on each device: :class:`fastalex.models.parallel.TowerDevices`."""
+        from fastalex.models.parallel import TowerDevices
+
+        return TowerDevices(self, devices)
 
     def _sized(self, input: Tensor) -> Tensor:
         """The input, padded to the column's native side where it is smaller."""
