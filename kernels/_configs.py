@@ -165,10 +165,6 @@ def conv_tiles(
     return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))[:CANDIDATES]
 
 
-def conv_tile(conv: Conv, scheme: str, batch: int, dtype: torch.dtype, precision: str) -> ConvTile:
-    return conv_tiles(conv, scheme, batch, dtype, precision)[0]
-
-
 def tile_programs(tile: ConvTile, conv: Conv, batch: int) -> int:
     return (
         -(-batch * conv.out_pixels // tile.m) * -(-conv.outputs // (tile.n + tile.n2)) * conv.groups
@@ -209,12 +205,6 @@ def input_gradient_tiles(
     ]
     fitted = [t for t in tiles if fits(t, conv.inputs)]
     return sorted(fitted, key=lambda t: input_gradient_cost(t, conv, batch))[:CANDIDATES]
-
-
-def input_gradient_tile(
-    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str
-) -> ConvTile:
-    return input_gradient_tiles(conv, last, batch, dtype, precision)[0]
 
 
 def input_gradient_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
@@ -263,12 +253,6 @@ def weight_gradient_tiles(
         if fits(t, conv.outputs)
     ]
     return sorted(split, key=lambda t: weight_gradient_cost(t, conv, batch))[:CANDIDATES]
-
-
-def weight_gradient_tile(
-    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
-) -> ConvTile:
-    return weight_gradient_tiles(conv, last, batch, dtype, precision, arch)[0]
 
 
 def weight_gradient_programs(tile: ConvTile, conv: Conv) -> int:

@@ -93,6 +93,8 @@ def refuse_conv(
         return f"input {input.dtype}, weight {weight.dtype} and bias differ: cast them to one type"
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         return f"a bias of {tuple(bias.shape)} doesn't belong to {weight.shape[0]} output channels"
+    if weight.numel() >= 2**31:
+        return f"a weight of {weight.numel()} values has offsets beyond 2^31, which it is not read with"
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return "stride and dilation must be positive, padding not negative"
     conv = geometry(input.shape[2:], weight, stride, padding, dilation, groups)

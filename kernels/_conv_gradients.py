@@ -1,4 +1,5 @@
 """The kernels of a convolution's gradients; what they compute is in conv_relu_backward.py."""
+# ruff: noqa: RET505, SIM102 - Triton compiles what follows an `if` that returns, and both branches of an `and`
 
 from __future__ import annotations
 
@@ -175,13 +176,46 @@ def conv_input_gradient(
 
 
 @triton.jit
-def store_part(acc, bias, part, o, o_ok, column, kept, tile_n, CONV: tl.constexpr):
-    """A [BO, BN] tile of a part, which is [O, K] weights and then O biases."""
-    tl.store(
-        part + o[:, None] * CONV.products + column[None, :], acc, mask=o_ok[:, None] & kept[None, :]
-    )
-    if tile_n == 0:
-        tl.store(part + CONV.weights + o, bias, mask=o_ok)
+def weight_at(k, WS: tl.constexpr, CONV: tl.constexpr, PLANES: tl.constexpr):
+    """Where product k of an output channel lies in a weight of strides WS."""
+    if PLANES:
+        taps: tl.constexpr = CONV.r * CONV.s
+        return k // taps * WS.channel + k // CONV.s % CONV.r * WS.row + k % CONV.s * WS.column
+    else:
+        tap = k // CONV.inputs
+        return k % CONV.inputs * WS.channel + tap // CONV.s * WS.row + tap % CONV.s * WS.column
+
+
+@triton.jit
+def store_weights(
+    acc,
+    bias,
+    parts,
+    gw,
+    gb,
+    o,
+    o_ok,
+    column,
+    kept,
+    tile_n,
+    WS: tl.constexpr,
+    CONV: tl.constexpr,
+    PLANES: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """A [BO, BN] tile of a part, which is [O, K] weights and then O biases; or of the gradients themselves."""
+    ok = o_ok[:, None] & kept[None, :]
+    if SPLIT > 1:
+        tl.store(parts + o[:, None] * CONV.products + column[None, :], acc, mask=ok)
+        if tile_n == 0:
+            tl.store(parts + CONV.weights + o, bias, mask=o_ok)
+    else:
+        at = o.to(tl.int64)[:, None] * WS.image + weight_at(column, WS, CONV, PLANES)[None, :]
+        tl.store(gw + at, narrow(acc, gw.dtype.element_ty), mask=ok)
+        if BIAS:
+            if tile_n == 0:
+                tl.store(gb + o, narrow(bias, gb.dtype.element_ty), mask=o_ok)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -189,14 +223,18 @@ def conv_weight_gradient(
     dz,
     x,
     parts,
+    gw,
+    gb,
     batch,
     ZS: tl.constexpr,
     XS: tl.constexpr,
+    WS: tl.constexpr,
     CONV: tl.constexpr,
     RUN: tl.constexpr,
     READ_PAST: tl.constexpr,
     PLANES: tl.constexpr,
     O_FIRST: tl.constexpr,
+    BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -205,7 +243,7 @@ def conv_weight_gradient(
     BN: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """parts [SPLIT, O * R*S*C/groups + O] from dz [N, O, OH, OW] and x [N, C, H, W].
+    """parts [SPLIT, O * R*S*C/groups + O] from dz [N, O, OH, OW] and x [N, C, H, W]; gw and gb where SPLIT is 1.
 
     The tile's products are ordered r, s, c, or c, r, s with PLANES. RUN > 0: whole kernel rows of
     S*C neighbouring values lie RUN apart on the N axis; for C = 3 at 11 taps 36 keeps fours
@@ -306,29 +344,41 @@ def conv_weight_gradient(
                 bias2 += tl.sum(widen(g2), 0)
     parts += part.to(tl.int64) * (CONV.weights + CONV.out_channels)
     o_ok = o < CONV.outputs
-    store_part(
+    store_weights(
         acc if O_FIRST else tl.trans(acc),
         bias,
         parts,
+        gw,
+        gb,
         group * CONV.outputs + o,
         o_ok,
         column,
         kept,
         tile_n,
+        WS,
         CONV,
+        PLANES,
+        BIAS,
+        SPLIT,
     )
     if BO2 > 0:
         o_ok = o2 < CONV.outputs
-        store_part(
+        store_weights(
             tl.trans(acc2),
             bias2,
             parts,
+            gw,
+            gb,
             group * CONV.outputs + o2,
             o_ok,
             column,
             kept,
             tile_n,
+            WS,
             CONV,
+            PLANES,
+            BIAS,
+            SPLIT,
         )
 
 
@@ -341,7 +391,6 @@ def sum_parts(
     CONV: tl.constexpr,
     PLANES: tl.constexpr,
     SPLIT: tl.constexpr,
-    WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -357,22 +406,11 @@ def sum_parts(
             mask=at < CONV.weights + CONV.out_channels,
             other=0.0,
         )
-    if WEIGHT:
-        k = at % K
-        if PLANES:
-            place = (
-                k // (CONV.r * CONV.s) * WS.channel
-                + k // CONV.s % CONV.r * WS.row
-                + k % CONV.s * WS.column
-            )
-        else:
-            tap = k // CONV.inputs
-            place = k % CONV.inputs * WS.channel + tap // CONV.s * WS.row + tap % CONV.s * WS.column
-        tl.store(
-            gw + at // K * WS.image + place,
-            narrow(total, gw.dtype.element_ty),
-            mask=at < CONV.weights,
-        )
+    tl.store(
+        gw + at // K * WS.image + weight_at(at % K, WS, CONV, PLANES),
+        narrow(total, gw.dtype.element_ty),
+        mask=at < CONV.weights,
+    )
     if BIAS:
         tl.store(
             gb + at - CONV.weights,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._common import mma, narrow, program_index, widen
-from ._configs import ConvTile, conv_tile, conv_tiles
+from ._configs import ConvTile, conv_tiles
 from ._conv import Conv, float32_precision, forward_scheme, geometry, refuse_conv
 from ._refuse import refuse_four_axes, refuse_tensors
 
@@ -124,9 +124,10 @@ def finish(
     CONV: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Adds the bias, clamps and stores a tile of y; or stores a float32 part as it is."""
+    """Adds the bias, clamps where RELU, and stores a tile of y; or stores a float32 part as it is."""
     ok = (m < m_end)[:, None] & (n < n_end)[None, :]
     m = m.to(tl.int64)
     if CHANNELS_LAST:
@@ -140,7 +141,8 @@ def finish(
     else:
         if HAS_BIAS:
             acc += widen(tl.load(b + n, mask=n < n_end, other=0.0))[None, :]
-        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch does
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, as torch does
         tl.store(y + at, narrow(acc, y.dtype.element_ty), mask=ok)
 
 
@@ -157,6 +159,7 @@ def conv_relu_forward(
     SCHEME: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -220,9 +223,9 @@ def conv_relu_forward(
         acc = mma(a, weights(w, n, n_end, BODY + t, PITCH, PITCH, TAIL), acc, PRECISION)
         if BN2 > 0:
             acc2 = mma(a, weights(w, n2, n_end, BODY + t, PITCH, PITCH, TAIL), acc2, PRECISION)
-    finish(acc, b, y, part, m, n, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, SPLIT)
+    finish(acc, b, y, part, m, n, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, RELU, SPLIT)
     if BN2 > 0:
-        finish(acc2, b, y, part, m, n2, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, SPLIT)
+        finish(acc2, b, y, part, m, n2, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, RELU, SPLIT)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -234,6 +237,7 @@ def finish_parts(
     CONV: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -248,7 +252,8 @@ def finish_parts(
         channel = at if CHANNELS_LAST else at // CONV.out_pixels
         channel = channel % CONV.out_channels
         total += widen(tl.load(b + channel, mask=ok, other=0.0))
-    total = tl.where(total < 0, 0.0, total)
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)
     tl.store(y + at, narrow(total, y.dtype.element_ty), mask=ok)
 
 
@@ -353,17 +358,29 @@ def conv_relu(
     y = layout.empty(x, (x.shape[0], weight.shape[0], conv.out_rows, conv.out_columns), last)
     if not y.numel():
         return y
-    precision = precision or float32_precision()
+    run_forward(x, weight, bias, y, conv, last, True, precision or float32_precision(), tile)
+    return y
+
+
+def run_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    conv: Conv,
+    last: bool,
+    relu: bool,
+    precision: str,
+    tile: ConvTile | None,
+) -> None:
     scheme = forward_scheme(conv, layout.strides(x), x.element_size())
-    tile = tile or conv_tile(conv, scheme, x.shape[0], x.dtype, precision)
+    tile = tile or conv_tiles(conv, scheme, x.shape[0], x.dtype, precision)[0]
     w, pitch = weight_matrix(weight, conv, scheme, tile.k)
-    columns = triton.cdiv(conv.outputs, tile.n + tile.n2) * groups
+    columns = triton.cdiv(conv.outputs, tile.n + tile.n2) * conv.groups
     grid = (triton.cdiv(x.shape[0] * conv.out_pixels, tile.m) * columns, tile.split)
-    out = (
-        y
-        if tile.split == 1
-        else torch.empty((tile.split, y.numel()), dtype=torch.float32, device=y.device)
-    )
+    out = y
+    if tile.split > 1:
+        out = torch.empty((tile.split, y.numel()), dtype=torch.float32, device=y.device)
     wide = layout.needs_wide(x, y)
     conv_relu_forward[grid](
         x,
@@ -377,6 +394,7 @@ def conv_relu(
         scheme,
         last,
         bias is not None,
+        relu,
         precision,
         wide,
         tile.split,
@@ -390,6 +408,5 @@ def conv_relu(
     if tile.split > 1:
         block = 1024
         finish_parts[(triton.cdiv(y.numel(), block),)](
-            out, bias, y, y.numel(), conv, last, bias is not None, tile.split, wide, block
+            out, bias, y, y.numel(), conv, last, bias is not None, relu, tile.split, wide, block
         )
-    return y

@@ -10,7 +10,7 @@ made once: by whoever makes g where that is one of these kernels (mask_grad_inpu
 lrn_max_pool_backward), else in one pass of its own. A stride is taken by phases: the input pixels
 of one phase see the same kernel taps, and are a convolution of stride 1. The weight gradient's
 pixels are split in parts that the shape alone decides, each a float32 sum of its own that sum_parts
-adds in order: the same bits every run.
+adds in order: the same bits every run. A single part is the gradient itself, written once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from . import _layout as layout
 from ._configs import (
     ConvTile,
     architecture,
-    input_gradient_tile,
     input_gradient_tiles,
     outputs_first,
-    weight_gradient_tile,
     weight_gradient_tiles,
 )
 from ._conv import Conv, float32_precision, geometry, refuse_conv
@@ -150,7 +148,7 @@ def run_input_gradient(
     precision: str,
     tile: ConvTile | None,
 ) -> None:
-    tile = tile or input_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision)
+    tile = tile or input_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision)[0]
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
     conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](
@@ -211,30 +209,37 @@ def run_weight_gradient(
     tile: ConvTile | None,
 ) -> None:
     arch = architecture(x.device)
-    tile = tile or weight_gradient_tile(conv, last, dz.shape[0], dz.dtype, precision, arch)
+    tile = tile or weight_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision, arch)[0]
     run, read_past = aligned_run(conv, x)
     length = gw.numel() + gw.shape[0]
-    parts = torch.empty((tile.split, length), dtype=torch.float32, device=x.device)
+    split = tile.split
+    parts = gw
+    if split > 1:
+        parts = torch.empty((split, length), dtype=torch.float32, device=x.device)
     grid = (
         triton.cdiv(conv.r * run if run else conv.products, tile.k),
         triton.cdiv(conv.outputs, tile.n + tile.n2) * conv.groups,
-        tile.split,
+        split,
     )
     conv_weight_gradient[grid](
         dz,
         x,
         parts,
+        gw,
+        gb,
         dz.shape[0],
         layout.strides(dz),
         layout.strides(x),
+        layout.strides(gw),
         conv,
         run,
         read_past,
         not last,
         outputs_first(tile, arch),
+        bias,
         precision,
         layout.needs_wide(dz, x),
-        tile.split,
+        split,
         tile.n,
         tile.n2,
         tile.k,
@@ -242,15 +247,7 @@ def run_weight_gradient(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    sum_parts[(triton.cdiv(length, BLOCK),)](
-        parts,
-        gw,
-        gb if bias else gw,
-        layout.strides(gw),
-        conv,
-        not last,
-        tile.split,
-        True,
-        bias,
-        BLOCK,
-    )
+    if split > 1:
+        sum_parts[(triton.cdiv(length, BLOCK),)](
+            parts, gw, gb, layout.strides(gw), conv, not last, split, bias, BLOCK
+        )

@@ -24,6 +24,7 @@ from fastalex.kernels._conv import forward_scheme, geometry
 from fastalex.kernels._layout import strides
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.linear_relu import linear_relu, linear_relu_backward
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ONE = (1, 1)
@@ -192,7 +193,7 @@ def test_split_products_add_up_in_order():
     case = CASES[5]
     x, weight, bias = tensors(case, F16, "nhwc")
     conv = geometry(x.shape[2:], weight, *case[3:7])
-    tile = configs.conv_tile(conv, "taps", 1, F16, "tf32")
+    tile = configs.conv_tiles(conv, "taps", 1, F16, "tf32")[0]
     assert tile.split > 1
     first = check_forward(x, weight, bias, *case[3:7])
     assert torch.equal(first, conv_relu(x, weight, bias, *case[3:7]))
@@ -298,12 +299,56 @@ def test_ieee_gradients():
     check_backward(x, weight, *case[3:7], precision="ieee")
 
 
+LINEAR_CASES = [  # rows, inputs, outputs
+    ((2, 3), 128, 24),  # "taps"; a partial tile of rows and of outputs
+    ((70,), 37, 20),  # "flat", unaligned; more than one tile of rows
+]
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "plain"])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_linear(case, dtype, relu):
+    """Forward and gradients, on the convolution's tiles; rows of NaN lie between those of x."""
+    rows, inputs, outputs = case
+    x = torch.full((*rows, inputs + 3), float("nan"), dtype=dtype)[..., :inputs]
+    x.copy_(torch.randn(*rows, inputs))
+    weight, bias = random((1, 1, outputs, inputs), dtype)[0, 0], torch.randn(outputs).to(dtype)
+    y = linear_relu(x, weight, bias, relu)
+    wide = [t.double() for t in (x, weight, bias)]
+    expected, magnitude = F.linear(*wide), F.linear(*(t.abs() for t in wide))
+    assert_within(y, expected.relu() if relu else expected, inputs + 2, magnitude)
+    assert y.is_contiguous()
+    y.view(-1)[0] = float("nan")  # torch's ReLU lets the gradient pass there
+    grad = torch.randn(y.shape).to(dtype)
+    dz = torch.ops.aten.threshold_backward(grad, y, 0) if relu else grad
+    found = linear_relu_backward(grad, y if relu else None, x, weight, ALL)
+    wanted = oracle.gradients(F.linear, dz, x, weight, bias)
+    most = oracle.gradients(F.linear, dz.abs(), x.abs(), weight.abs(), bias)
+    count = x[..., 0].numel()
+    for result, want, summands, at_most in zip(
+        found, wanted, (outputs, count, count), most, strict=True
+    ):
+        assert_within(result, want, summands, at_most)
+    for i in range(3):
+        mask = tuple(i == j for j in range(3))
+        parts = linear_relu_backward(grad, y if relu else None, x, weight, mask)
+        assert [p.numel() > 0 for p in parts] == list(mask)
+
+
 def test_an_empty_batch():
     x, weight = torch.empty(0, 4, 5, 5), torch.randn(6, 4, 3, 3)
     y = conv_relu(x, weight, None, ONE, ONE, ONE, 1)
     assert y.shape == (0, 6, 5, 5)
     gx, gw, gb = conv_relu_backward(y, y, x, weight, ONE, ONE, ONE, 1, ALL)
     assert gx.shape == x.shape
+    assert torch.equal(gw, torch.zeros_like(weight))
+    assert torch.equal(gb, torch.zeros(6))
+    x, weight = torch.empty(0, 5), torch.randn(6, 5)
+    y = linear_relu(x, weight, None, True)
+    assert y.shape == (0, 6)
+    gx, gw, gb = linear_relu_backward(y, y, x, weight, ALL)
+    assert gx.shape == (0, 5)
     assert torch.equal(gw, torch.zeros_like(weight))
     assert torch.equal(gb, torch.zeros(6))
 
