@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,10 +92,20 @@ def convolution(
     return nn.Conv2d(*args, **kwargs), ACTIVATIONS[activation]()
 
 
+def conv_relu(fused: bool, *args: Any, **kwargs: Any) -> nn.Sequential:
+    """A convolution and its ReLU as one child of a network, with the weight at ``conv.weight``."""
+    conv, relu = convolution(fused, "relu", *args, **kwargs)
+    return nn.Sequential(OrderedDict(conv=conv, relu=relu))
+
+
 def max_pool(fused: bool, kind: str, ceil_mode: bool = False) -> nn.Module:
     if kind == "fractional":
         return FractionalMaxPool2d(*POOLS[kind], ceil_mode=ceil_mode)
-    return (MaxPool2d if fused else nn.MaxPool2d)(*POOLS[kind], ceil_mode=ceil_mode)
+    return pool_layer(fused)(*POOLS[kind], ceil_mode=ceil_mode)
+
+
+def pool_layer(fused: bool) -> type[nn.MaxPool2d]:
+    return MaxPool2d if fused else nn.MaxPool2d
 
 
 def local_response_norm(fused: bool, lrn: dict[str, Any]) -> nn.Module:
@@ -108,3 +121,19 @@ def norm_and_pool(
         both = LRNMaxPool2d(**lrn, kernel_size=kernel, stride=stride, ceil_mode=ceil_mode)
         return nn.Identity(), both
     return local_response_norm(fused, lrn), max_pool(fused, pool, ceil_mode)
+
+
+def images(input: Tensor, network: str, sides: Sequence[int], fused: bool) -> Tensor:
+    """[N, 3, side, side] in the network's layout, zero-padded right and below to the first of ``sides``.
+
+    Without sides, any height and width pass.
+    """
+    allowed = [(3, side, side) for side in sides]
+    size = tuple(input.shape[1:])
+    if input.dim() != 4 or size[0] != 3 or (sides and size not in allowed):
+        shapes = " or ".join(f"[N, 3, {side}, {side}]" for side in sides) or "[N, 3, H, W]"
+        raise ValueError(f"{network} takes {shapes}, got {tuple(input.shape)}")
+    if sides and size != allowed[0]:
+        margin = sides[0] - size[2]
+        input = F.pad(input, (0, margin, 0, margin))
+    return input.contiguous(memory_format=torch.channels_last) if fused else input

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex.models._layers import (
@@ -16,6 +15,7 @@ from fastalex.models._layers import (
     POOLS,
     DropConnectLinear,
     convolution,
+    images,
     local_response_norm,
     max_pool,
     norm_and_pool,
@@ -312,22 +312,11 @@ class AlexNet(nn.Module):
         return TowerDevices(self, devices)
 
     def _sized(self, input: Tensor) -> Tensor:
-        """The input, padded to the column's native side where it is smaller."""
-        sides = COLUMNS[self.column].sides
-        allowed = [(3, side, side) for side in sides]
-        size = tuple(input.shape[1:])
-        if input.dim() != 4 or size[0] != 3 or (sides and size not in allowed):
-            shapes = " or ".join(f"[N, 3, {side}, {side}]" for side in sides) or "[N, 3, H, W]"
-            raise ValueError(f"AlexNet takes {shapes}, got {tuple(input.shape)}")
-        if sides and size != allowed[0]:
-            margin = sides[0] - size[2]
-            return F.pad(input, (0, margin, 0, margin))
-        return input
+        """The input, padded to the column's native side where it is smaller, in the network's layout."""
+        return images(input, "AlexNet", COLUMNS[self.column].sides, self.fused)
 
     def forward(self, input: Tensor) -> Tensor:
         input = self._sized(input)
-        if self.fused:
-            input = input.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.classifier(self.avgpool(self.features(input)).flatten(1))
         return logits
 
