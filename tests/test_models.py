@@ -67,12 +67,12 @@ def networks(request):
     if preset not in ("paper", "cifar10"):
         options["hidden"] = 64
     stock = alexnet(preset, fused=False, **options).eval()
-    for module in stock.modules():
+    fused = on_meta(preset, **options).eval()
+    for module in (*stock.modules(), *fused.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # every test sees the same statistics
             nn.init.uniform_(module.running_mean, 0, 8)
             nn.init.uniform_(module.running_var, 200, 400)
-    fused = on_meta(preset, **options).eval()
     fused.load_state_dict(copy.deepcopy(stock.state_dict()), strict=True, assign=True)
     exact = copy.deepcopy(stock).double()
     # Pixels less their mean, as the paper feeds them: of smaller numbers the normalisation leaves k alone.

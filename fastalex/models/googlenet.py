@@ -33,6 +33,18 @@ INCEPTIONS = {
 }
 _POOLED_AFTER = {"3b": "pool3", "4e": "pool4"}
 _AUXILIARY_AFTER = {"4a": "loss1", "4d": "loss2"}
+_CAFFE_NAMES = {
+    "conv1": "conv1/7x7_s2",
+    "conv2_reduce": "conv2/3x3_reduce",
+    "conv2": "conv2/3x3",
+    "conv1x1": "1x1",
+    "reduce3x3": "3x3_reduce",
+    "conv3x3": "3x3",
+    "reduce5x5": "5x5_reduce",
+    "conv5x5": "5x5",
+    "project": "pool_proj",
+    "classifier": "loss3/classifier",
+}
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -115,6 +127,10 @@ class GoogLeNet(nn.Module):
         ValueError: for an input of another size.
     """
 
+    #: Last layers, and what a file may have that a network without auxiliary heads has not; for load_weights.
+    heads = ("classifier", "loss1.classifier", "loss2.classifier")
+    optional = ("loss1", "loss2")
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -159,6 +175,14 @@ class GoogLeNet(nn.Module):
         for name, layer in self.named_modules():
             if name.endswith("classifier") and isinstance(layer, nn.Linear):
                 nn.init.zeros_(layer.bias)
+
+    def caffe_name(self, module: str) -> str:
+        """The name in BVLC's file of the layer at ``module``."""
+        path = module.removesuffix(".conv") if not module.startswith("loss") else module
+        parent, _, name = path.rpartition(".")
+        if parent.startswith("loss"):  # loss1.conv.conv, loss1.fc, loss1.classifier
+            return f"{parent.partition('.')[0]}/{name}"
+        return f"{parent}/{_CAFFE_NAMES[name]}" if parent else _CAFFE_NAMES[name]
 
     def forward(self, input: Tensor) -> Tensor | GoogLeNetOutputs:
         input = images(input, "GoogLeNet", (224,), self.fused)

@@ -104,6 +104,12 @@ class NetworkInNetwork(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
+    def caffe_name(self, module: str) -> str:
+        """The name in the authors' Caffe file of the layer at ``module``."""
+        name = module.rpartition(".")[2]
+        last = self.variant == "imagenet" and name in ("conv4", "cccp7", "cccp8")
+        return f"{name}-1024" if last else name
+
     def forward(self, input: Tensor) -> Tensor:
         input = images(input, "NetworkInNetwork", _SIDES[self.variant], self.fused)
         logits: Tensor = self.features(input).flatten(1)
