@@ -8,7 +8,7 @@ import sys
 import torch
 
 import fastalex
-from fastalex import _native
+from fastalex import _cuda_native, _cupy, _native
 from fastalex.backends import NAMES
 from fastalex.ops import _triton
 from fastalex.ops._operator import REGISTRY
@@ -29,7 +29,8 @@ def _backend_state(name: str) -> str:
             return f"absent: {_native.error}"
         available = ", ".join(_native.available_isas())
         return f"{_native.isa()} kernels (this CPU runs {available}); {len(served)} operators"
-    if name == "triton" and (reason := _triton.missing()) is not None:
+    missing = {"triton": _triton.missing, "cuda": _cuda_native.library_error, "cupy": _cupy.missing}
+    if name in missing and (reason := missing[name]()) is not None:
         return f"absent: {reason}"
     return f"{len(served)} operators" if served else "no operators in this version"
 

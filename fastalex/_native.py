@@ -14,27 +14,30 @@ ISAS = ("avx512", "avx2", "portable")
 error: str | None = None
 
 
-def _load() -> str | None:
-    folder = pathlib.Path(__file__).parent
-    libraries = sorted(folder.glob("_cpu*.so"))
+def load(stem: str, title: str, absent: str) -> str | None:
+    """Loads ``fastalex/<stem>.*so``, which registers ``torch.ops.fastalex<stem>``.
+
+    Returns why it cannot, or None. ``absent`` says how to build what was not.
+    """
+    libraries = sorted(pathlib.Path(__file__).parent.glob(f"{stem}.*so"))
     if not libraries:
         return (
-            "the CPU library was not built: install a C++20 compiler, then reinstall with "
-            "FASTALEX_BUILD=cpu pip install --no-build-isolation . in fastalex's source folder"
+            f"the {title} was not built: {absent} "
+            "pip install --no-build-isolation . in fastalex's source folder"
         )
     if _is_cut_short(libraries[0]):
         return (
-            f"the CPU library {libraries[0].name} does not load into torch: its file is incomplete; "
+            f"the {title} {libraries[0].name} does not load into torch: its file is incomplete; "
             "reinstall fastalex"
         )
     try:
         torch.ops.load_library(libraries[0])
-        torch.ops.fastalex_cpu.isa()
+        assert getattr(torch.ops, f"fastalex{stem}").lrn
     except (OSError, RuntimeError, AttributeError) as failure:
         # torch wraps the loader's own words, which name the symbol or the file.
         summary = str(failure.__cause__ or failure).strip().splitlines()[0]
         return (
-            f"the CPU library {libraries[0].name} does not load into torch {torch.__version__} "
+            f"the {title} {libraries[0].name} does not load into torch {torch.__version__} "
             f"({summary}): reinstall fastalex beside this torch"
         )
     return None
@@ -83,6 +86,10 @@ def set_poison(enabled: bool) -> None:
     torch.ops.fastalex_cpu.set_poison(enabled)
 
 
-error = _load()
+error = load(
+    "_cpu",
+    "CPU library",
+    "install a C++20 compiler, then reinstall with FASTALEX_BUILD=cpu",
+)
 if error is None:
     _cap_isa()

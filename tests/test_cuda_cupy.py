@@ -1,7 +1,9 @@
-"""NVRTC through CuPy with no driver: kernels compile, and the planner equals the launchers."""
+"""NVRTC through CuPy with no driver: kernels compile, the disk is not trusted, launches reach CuPy as planned."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import struct
 from pathlib import Path
@@ -9,22 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalex import _cupy
-from tests.support import cuda_extension, cuda_host, cuda_ledger, cuda_planner
+from fastalex import _cuda_native, _cupy
+from tests.support import cuda_extension, cuda_host, static_ledger
 from tests.support.cuda_cases import DTYPES, FORMATS, draw
 
 needs_host = pytest.mark.skipif(
     cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())
 )
-
-
-@pytest.fixture
-def planned(monkeypatch):
-    """What fastalex._cupy would launch, instead of launching it."""
-    launches: list[_cupy.PlannedLaunch] = []
-    monkeypatch.setattr(_cupy, "planner", cuda_planner.load)
-    monkeypatch.setattr(_cupy, "launch", lambda planned, tensor: launches.append(planned))
-    return launches
+needs_cupy = pytest.mark.skipif(_cupy.missing() is not None, reason=str(_cupy.missing()))
 
 
 def calls(dtype, layout):
@@ -58,76 +52,260 @@ def assert_same_plan(ours: bytes, theirs: bytes) -> None:
 @needs_host
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_the_planner_asks_for_what_the_launchers_launch(planned, dtype, layout):
+def test_the_planner_asks_for_what_the_launchers_launch(dtype, layout):
     host = cuda_host.host_cuda()
     host.launches()
     host.lib.host_cuda_dry_run(True)
     try:
         for name, arguments in calls(dtype, layout):
-            planned.clear()
-            getattr(_cupy, name)(*arguments)
+            planned: list[_cuda_native.Launch] = []
+            tf32 = (False,) if name.startswith("conv") else ()
+            _cuda_native.call(name, (*arguments, *tf32), planned.append)
             getattr(host, name)(*arguments)
             launched = host.launches()
-            assert [p.kernel.decode() for p in planned] == [one.kernel for one in launched], name
+            assert [str(one) for one in planned] == [str(one) for one in launched], name
             for ours, theirs in zip(planned, launched, strict=True):
-                assert (ours.blocks, ours.threads) == (theirs.blocks, theirs.threads)
-                assert ours.shared_bytes == theirs.shared_bytes
-                assert_same_plan(bytes(ours.plan[: ours.plan_bytes]), theirs.plan)
+                assert ours.kernel == theirs.kernel
+                assert_same_plan(ours.plan, theirs.plan)
     finally:
         host.lib.host_cuda_dry_run(False)
 
 
-def test_planner_errors_become_exceptions(planned):
+def test_planner_errors_become_exceptions():
     x = torch.empty(1 << 17, dtype=torch.float16).as_strided((1, 1, 1 << 16, 1 << 15), (0, 0, 1, 1))
-    with pytest.raises(RuntimeError, match=r"exceeds 2\^31 - 1"):
-        _cupy.lrn(x, 5, 1e-4, 0.75, 1.0, 1)
+    with pytest.raises(RuntimeError, match=r"exceeds 2\^31 - 1 \[fastalex::lrn float16"):
+        _cuda_native.planned("lrn", (x, 5, 1e-4, 0.75, 1.0, 1))
 
 
-def test_refusals_say_why():
-    x = torch.ones(1, 8, 3, 3)
-    assert "not on a CUDA device" in str(_cupy.refuse(x))
-    if not torch.cuda.is_available():
-        assert "install a driver" in str(_cupy.refusal())
+def test_a_planned_launch_without_a_caller_is_an_error():
+    with pytest.raises(RuntimeError, match=r"lrn_channels_first.* did not start"):
+        torch.ops.fastalex_cuda_plan.lrn(torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1)
 
 
-def nvrtc(expressions: list[str]) -> tuple[bytes, dict[str, str]]:
-    """A cubin for sm_90 and the kernels' names in it; needs no driver."""
-    compiler = pytest.importorskip("cupy.cuda.compiler", reason="pip install cupy-cuda13x")
-    program = compiler._NVRTCProgram(
-        '#include "kernels.cuh"\n', "kernels.cu", name_expressions=expressions, method="cubin"
-    )
-    include = f"-I{cuda_host.cuda_include()}"
-    return program.compile(("-arch=sm_90", *_cupy.compile_options(), include))
+def test_what_fails_at_a_launch_is_what_the_caller_raised():
+    def start(launch):
+        raise KeyError("no such kernel")
 
+    with pytest.raises(KeyError, match="no such kernel"):
+        _cuda_native.call("lrn", (torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1), start)
+
+
+# --- what CuPy is given, on a driver that is not there --------------------------------------------
+
+
+class Driver:
+    """Stands in for cupy.cuda.driver: keeps what it was asked for."""
+
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    def __init__(self) -> None:
+        self.loaded: list[bytes] = []
+        self.launches: list[tuple] = []
+        self.shared: list[tuple[int, int]] = []
+        self.failing = False
+
+    def moduleLoadData(self, code):
+        self.loaded.append(code)
+        return len(self.loaded)
+
+    def moduleGetFunction(self, module, name):
+        return module * 100
+
+    def funcSetAttribute(self, function, attribute, value):
+        self.shared.append((attribute, value))
+
+    def launchKernel(self, function, *numbers):
+        if self.failing:
+            raise self.CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+        (plan,) = (ctypes.c_void_p * 1).from_address(numbers[-2])
+        self.launches.append((function, numbers[:-2], plan))
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A GPU of capability 9.0 whose driver only listens."""
+    import cupy.cuda
+
+    class Stream:
+        cuda_stream = 4096
+
+    fake = Driver()
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cupy.cuda, "driver", fake)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    _cupy._function.cache_clear()
+    yield fake
+    _cupy._function.cache_clear()
+
+
+def launch_of(kernel: str, shared_bytes: int = 0) -> _cuda_native.Launch:
+    return _cuda_native.Launch(kernel, 7, 256, shared_bytes, b"plan" * 10)
+
+
+SMALL = "fastalex::reduce_splits<float>"
+
+
+@needs_cupy
+def test_a_launch_reaches_the_driver_as_planned(driver):
+    _cupy.start(launch_of(SMALL, 64 << 10), 0)
+    ((function, numbers, _),) = driver.launches
+    assert numbers == (7, 1, 1, 256, 1, 1, 64 << 10, 4096)
+    assert driver.shared == [(8, 64 << 10)]
+    assert driver.loaded[0][:4] == b"\x7fELF"
+    _cupy.start(launch_of(SMALL), 0)
+    assert len(driver.loaded) == 1  # compiled and loaded once
+    assert driver.launches[1][0] == function
+
+
+@needs_cupy
+def test_a_failed_launch_names_kernel_and_grid(driver):
+    driver.failing = True
+    with pytest.raises(
+        RuntimeError, match=r"reduce_splits<float> \(7 x 256\) did not start: CUDA_ERR"
+    ):
+        _cupy.start(launch_of(SMALL), 0)
+
+
+@needs_cupy
+def test_a_kernel_is_compiled_once_a_machine(driver, monkeypatch):
+    _cupy.start(launch_of(SMALL), 0)
+    _cupy._function.cache_clear()  # as a new process
+
+    def never(*args):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(_cupy, "compile_kernels", never)
+    _cupy.start(launch_of(SMALL), 0)
+    assert driver.loaded[0] == driver.loaded[1]
+
+
+# --- the disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path) -> tuple[str, Path]:
+    """A key with code in the cache, and its file."""
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path))
+    _cupy.save("a key", b"code" * 100, "name")
+    assert _cupy.load("a key") == (b"code" * 100, "name")
+    return "a key", _cupy.cache_file("a key")
+
+
+def test_what_is_not_there_is_no_news(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path / "nowhere"))
+    assert _cupy.load("a key") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:20],
+        lambda data: b"",
+        lambda data: data.replace(b"code", b"evil", 1),
+        lambda data: data.replace(b'"a key"', b'"other"'),
+        lambda data: b"\x80\x04]." + data,
+        lambda data: b"[1, 2]\n" + data,
+    ],
+)
+def test_a_damaged_file_is_ignored_with_a_warning(kept, damage):
+    key, path = kept
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=r"\.bin is ignored"):
+        assert _cupy.load(key) is None
+
+
+def test_a_file_that_others_could_write_is_ignored_with_a_warning(kept):
+    key, path = kept
+    path.chmod(0o666)
+    with pytest.warns(UserWarning, match="another user could have written it"):
+        assert _cupy.load(key) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no users")
+def test_a_file_of_another_user_is_ignored_with_a_warning(kept, monkeypatch):
+    key, _ = kept
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.warns(UserWarning, match="another user could have written it"):
+        assert _cupy.load(key) is None
+
+
+def test_a_folder_that_cannot_be_written_costs_no_call(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        _cupy.save("a key", b"code", "name")
+
+
+@needs_cupy
+def test_the_key_names_all_that_code_depends_on():
+    from cupy.cuda import nvrtc
+
+    options, binary = _cupy.options_for(90)
+    assert binary == "cubin"
+    keys = {
+        _cupy.cache_key("kernel", options),
+        _cupy.cache_key("other", options),
+        _cupy.cache_key("kernel", _cupy.options_for(80)[0]),
+    }
+    assert len(keys) == 3
+    assert all(_cupy._source_digest() in key for key in keys)
+    assert all(str(list(nvrtc.getVersion())) in key for key in keys)
+
+
+@needs_cupy
+@pytest.mark.parametrize(
+    ("gpu", "option", "binary"),
+    [
+        (86, "sm_86", "cubin"),
+        (90, "sm_90", "cubin"),
+        (120, "sm_120", "cubin"),
+        (199, "compute_", "ptx"),
+    ],
+)
+def test_a_gpu_that_the_compiler_does_not_know_gets_ptx(gpu, option, binary):
+    options, kind = _cupy.options_for(gpu)
+    assert option in options[0]
+    assert kind == binary
+
+
+# --- the compiler ----------------------------------------------------------------------------------
 
 FEW = [
     "lrn_channels_last<__half, 8, 5>",
-    "lrn_backward_channels_first<float, 4, 5, false>",
     "max_pool<__nv_bfloat16, 8, true, 3>",
-    "lrn_max_pool_channels_last<__half, 8, 5, 3, true>",
     "conv_relu<HalfMath<__half>, ConvTile<64, 64, 32, 32, 4, 4>, GatherCopier, 16>",
-    "pack_weight<float>",
 ]
 
 
-@pytest.mark.skipif(cuda_host.cuda_include() is None, reason="no CUDA headers")
-def test_some_kernels_compile_with_nvrtc(tmp_path):
-    cubin, names = nvrtc(FEW)
-    assert cubin[:4] == b"\x7fELF"
-    assert sorted(names) == sorted(FEW)
+@needs_cupy
+def test_some_kernels_compile_with_nvrtc():
+    code, names = _cupy.compile_kernels(FEW, *_cupy.options_for(90))
+    assert code[:4] == b"\x7fELF"
+    assert [kernel.partition("<")[0] in names[kernel] for kernel in FEW] == [True] * len(FEW)
+
+
+@needs_cupy
+def test_the_compilers_words_reach_the_user():
+    with pytest.raises(RuntimeError, match=r"NVRTC cannot compile no_such<float>.*\n(?s:.*)error"):
+        _cupy.compile_kernels(["no_such<float>"], *_cupy.options_for(90))
 
 
 @pytest.mark.slow
+@needs_cupy
 @pytest.mark.skipif(
-    bool(cuda_extension.unavailable() or cuda_ledger.unavailable()), reason="needs nvcc and tools"
+    bool(cuda_extension.unavailable() or static_ledger.unavailable()), reason="needs nvcc and tools"
 )
-def test_every_kernel_compiles_with_nvrtc_and_uses_nvcc_s_registers(tmp_path: Path):
-    expected = cuda_ledger.resources(cuda_extension.build())
+def test_every_kernel_compiles_with_nvrtc_and_uses_nvcc_s_registers():
+    expected = static_ledger.resources(cuda_extension.build().read_bytes())
     kernels = sorted(expected)
     for start in range(0, len(kernels), 24):
-        cubin, _ = nvrtc(kernels[start : start + 24])
-        path = tmp_path / f"{start}.cubin"
-        path.write_bytes(cubin)
-        for name, row in cuda_ledger.resources(path).items():
+        code, _ = _cupy.compile_kernels(kernels[start : start + 24], *_cupy.options_for(90))
+        for name, row in static_ledger.resources(code).items():
             assert row["stack"] == 0 or re.search("direct|<.*, 0", name), name
             assert abs(row["registers"] - expected[name]["registers"]) <= 10, name

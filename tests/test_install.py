@@ -59,7 +59,8 @@ def pretended(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """A source and its wheel, built in no time by a compiler that writes files with nothing in them."""
     folder = tmp_path_factory.mktemp("pretended")
     source = unpacked(sdist, folder)
-    return source, built(source, folder / "dist", CXX=compiler(folder, PRETENDING_COMPILER))
+    tool = compiler(folder, PRETENDING_COMPILER)
+    return source, built(source, folder / "dist", CXX=tool, NVCC=tool)
 
 
 def test_sdist_holds_the_whole_source(sdist):
@@ -110,7 +111,20 @@ def test_forced_build_without_a_compiler_fails(source, tmp_path):
 def test_unknown_build_choice_fails(source, tmp_path):
     result = pip_wheel(source, tmp_path / "dist", FASTALEX_BUILD="cuda11")
     assert result.code != 0
-    assert "FASTALEX_BUILD is 'cuda11'; it can be auto, cpu or none" in result.text
+    assert "FASTALEX_BUILD is 'cuda11'; it can be auto, cpu, cuda or none" in result.text
+
+
+def test_forced_build_without_nvcc_fails(source, tmp_path):
+    result = pip_wheel(source, tmp_path / "dist", FASTALEX_BUILD="cuda")
+    assert result.code != 0
+    assert "FASTALEX_BUILD=cuda, but no nvcc '/nonexistent' was found: install" in result.text
+
+
+def test_an_ill_named_gpu_fails(source, tmp_path):
+    tools = {"CXX": compiler(tmp_path, PRETENDING_COMPILER), "FASTALEX_CUDA_ARCH": "90;hopper"}
+    result = pip_wheel(source, tmp_path / "dist", NVCC=tools["CXX"], **tools)
+    assert result.code != 0
+    assert "FASTALEX_CUDA_ARCH has 'hopper'; it lists compute capabilities" in result.text
 
 
 def test_a_compiler_that_fails_is_an_error_that_names_its_log(source, tmp_path):
@@ -125,7 +139,10 @@ def test_wheel_holds_the_package_and_its_library_for_every_python(pretended):
     _, wheel = pretended
     assert "-cp310-abi3-" in wheel.name
     files = names(wheel)
-    assert "fastalex/_cpu.abi3.so" in files
+    for library in ("_cpu", "_cuda", "_cuda_plan"):
+        assert f"fastalex/{library}.abi3.so" in files
+    for header in [*(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/cuda").glob("*.h")]:
+        assert f"fastalex/cuda/{header.name}" in files  # what NVRTC compiles at run time
     assert "fastalex/py.typed" in files
     assert "fastalex/kernels/__init__.py" in files
     for folder in ("fastalex", "kernels"):
@@ -152,6 +169,17 @@ def test_flags_keep_the_library_portable_and_exact(pretended):
         assert flag not in ninja
     for flag in ("-funsafe-math", "-ffinite-math", "-fassociative-math", "-freciprocal-math"):
         assert flag not in ninja
+
+
+def test_the_cuda_library_is_built_for_every_gpu_it_can_serve(pretended):
+    source, _ = pretended
+    ninja = (source / "build/native/build.ninja").read_text()
+    for number in (80, 86, 89, 90, 100, 120):
+        assert f"arch=compute_{number},code=sm_{number}" in ninja
+    assert "arch=compute_120,code=compute_120" in ninja  # for GPUs to come
+    assert "120+PTX" in ninja
+    assert "-cudart static" in ninja
+    assert "torch_cuda" not in ninja
 
 
 @pytest.mark.slow

@@ -36,8 +36,8 @@ void plane_tile(const PoolParams& p, const View& y, int* height, int* width) {
   while (*height < y.size[2] && span(*height + 1, p, 0) * span(*width, p, 1) <= kPixels) ++*height;
 }
 
-LrnMaxPoolPlan make_plan(DType dtype, const View& x, const View& y, const Offsets& offsets,
-                         const LrnParams& lrn, const PoolParams& pool) {
+LrnMaxPoolPlan make_plan(const View& x, const View& y, const Offsets& offsets, const LrnParams& lrn,
+                         const PoolParams& pool) {
   LrnMaxPoolPlan p = {};
   p.x = x.data, p.y = y.data, p.offsets = offsets.view.data;
   p.x_stride = x.strides(), p.y_stride = y.strides(), p.offsets_stride = offsets.view.strides();
@@ -91,7 +91,7 @@ bool lrn_max_pool_is_fused(DType dtype, const View& x, const View& y, const Pool
 void lrn_max_pool(DType dtype, const View& x, const View& y, const Offsets& offsets,
                   const LrnParams& lrn, const PoolParams& pool, Stream stream) {
   if (!x.size[0] || !x.size[1]) return;
-  LrnMaxPoolPlan p = make_plan(dtype, x, y, offsets, lrn, pool);
+  LrnMaxPoolPlan p = make_plan(x, y, offsets, lrn, pool);
   const bool channels_last = is_channels_last(x, y);
   LaunchShape shape;
   int values = 1;

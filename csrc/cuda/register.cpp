@@ -1,4 +1,4 @@
-// torch.ops.fastalex_cuda: the schemas, and the memory-bound operators behind them.
+// torch.ops.fastalex_cuda: the memory-bound operators.
 #include <tuple>
 
 #include "torch_views.h"
@@ -25,16 +25,16 @@ PoolParams pool_params(const Sizes& kernel, const Sizes& stride, const Sizes& pa
 
 void check_lrn_input(const Tensor& input, int64_t size, int64_t groups, const char* op) {
   check_cuda(input, op, "input");
-  STD_TORCH_CHECK(input.dim() >= 3, "fastalex_cuda::", op, ": input must be [N, C, ...], got ",
+  STD_TORCH_CHECK(input.dim() >= 3, "fastalex::", op, ": input must be [N, C, ...], got ",
                   describe(input));
-  STD_TORCH_CHECK(size >= 1, "fastalex_cuda::", op, ": size must be at least 1, got ", size);
-  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, "fastalex_cuda::", op, ": ",
-                  input.size(1), " channels do not divide into ", groups, " groups");
+  STD_TORCH_CHECK(size >= 1, "fastalex::", op, ": size must be at least 1, got ", size);
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, "fastalex::", op, ": ", input.size(1),
+                  " channels do not divide into ", groups, " groups");
 }
 
 void check_pool_input(const Tensor& input, const char* op) {
   check_cuda(input, op, "input");
-  STD_TORCH_CHECK(input.dim() == 4, "fastalex_cuda::", op, ": input must be [N, C, H, W], got ",
+  STD_TORCH_CHECK(input.dim() == 4, "fastalex::", op, ": input must be [N, C, H, W], got ",
                   describe(input));
 }
 
@@ -54,7 +54,7 @@ PoolOutputs pool_outputs_of(const Tensor& input, bool channels_last, const PoolP
   for (int axis = 0; axis < 2; axis++) {
     sizes[2 + axis] = pool_outputs(input.size(2 + axis), p.kernel[axis], p.stride[axis],
                                    p.padding[axis], p.dilation[axis], ceil_mode);
-    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex_cuda::", op, ": the window does not fit ",
+    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex::", op, ": the window does not fit ",
                     describe(input));
   }
   const bool wide = p.kernel[0] * p.kernel[1] > 256;
@@ -67,7 +67,7 @@ PoolOutputs pool_outputs_of(const Tensor& input, bool channels_last, const PoolP
 Offsets offsets_of(const Tensor& offsets, const Tensor& grad, const char* op) {
   check_cuda(offsets, op, "offsets");
   STD_TORCH_CHECK(
-      sizes_of(offsets) == sizes_of(grad), "fastalex_cuda::", op,
+      sizes_of(offsets) == sizes_of(grad), "fastalex::", op,
       ": offsets and grad must have one shape; was forward run with save_offsets=True?");
   return {view_of(offsets), offsets.scalar_type() == ScalarType::Int};
 }
@@ -175,40 +175,40 @@ Tensor lrn_max_pool_backward_op(const Tensor& grad, const Tensor& input, const T
   return grad_x;
 }
 
+#ifdef FASTALEX_CUDA_ARCHITECTURES
+std::string architectures_op() { return FASTALEX_CUDA_ARCHITECTURES; }
+#endif
+
 }  // namespace fastalex
 
-STABLE_TORCH_LIBRARY(fastalex_cuda, m) {
-  m.def("lrn(Tensor input, int size, float scale, float beta, float k, int groups) -> Tensor");
-  m.def(
-      "lrn_backward(Tensor grad, Tensor input, int size, float scale, float beta, float k, int "
-      "groups) -> Tensor");
-  m.def(
-      "max_pool(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-      "bool ceil_mode, "
-      "bool save_offsets) -> (Tensor output, Tensor offsets)");
-  m.def(
-      "max_pool_backward(Tensor grad, Tensor offsets, int[2] input_size, int[2] kernel_size, "
-      "int[2] stride, "
-      "int[2] padding, int[2] dilation) -> Tensor");
-  m.def(
-      "lrn_max_pool(Tensor input, int size, float scale, float beta, float k, int groups, int[2] "
-      "kernel_size, "
-      "int[2] stride, int[2] padding, bool ceil_mode, bool save_offsets) -> (Tensor output, Tensor "
-      "offsets)");
-  m.def(
-      "lrn_max_pool_backward(Tensor grad, Tensor input, Tensor offsets, int size, float scale, "
-      "float beta, float k, "
-      "int groups, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor");
+#define FASTALEX_LRN "int size, float scale, float beta, float k, int groups"
+#define FASTALEX_POOL "int[2] kernel_size, int[2] stride, int[2] padding"
+
+FASTALEX_LIBRARY(FASTALEX_NAMESPACE, m) {
+  m.def("lrn(Tensor input, " FASTALEX_LRN ") -> Tensor");
+  m.def("lrn_backward(Tensor grad, Tensor input, " FASTALEX_LRN ") -> Tensor");
+  m.def("max_pool(Tensor input, " FASTALEX_POOL
+        ", int[2] dilation, bool ceil_mode, bool save_offsets) -> (Tensor, Tensor)");
+  m.def("max_pool_backward(Tensor grad, Tensor offsets, int[2] input_size, " FASTALEX_POOL
+        ", int[2] dilation) -> Tensor");
+  m.def("lrn_max_pool(Tensor input, " FASTALEX_LRN ", " FASTALEX_POOL
+        ", bool ceil_mode, bool save_offsets) -> (Tensor, Tensor)");
+  m.def("lrn_max_pool_backward(Tensor grad, Tensor input, Tensor offsets, " FASTALEX_LRN
+        ", " FASTALEX_POOL ") -> Tensor");
+#ifdef FASTALEX_CUDA_ARCHITECTURES  // such as "80,90+PTX": what nvcc compiled the kernels for
+  m.def("architectures() -> str");
+#endif
 }
 
-// The CPU key is bound too: a CPU tensor then meets check_cuda's sentence, not the dispatcher's.
-static void bind(torch::stable::detail::StableLibrary& m) {
+// For every device: a CPU tensor then meets check_cuda's sentence, not the dispatcher's.
+FASTALEX_LIBRARY_IMPL(FASTALEX_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("lrn", TORCH_BOX(&fastalex::lrn_op));
   m.impl("lrn_backward", TORCH_BOX(&fastalex::lrn_backward_op));
   m.impl("max_pool", TORCH_BOX(&fastalex::max_pool_op));
   m.impl("max_pool_backward", TORCH_BOX(&fastalex::max_pool_backward_op));
   m.impl("lrn_max_pool", TORCH_BOX(&fastalex::lrn_max_pool_op));
   m.impl("lrn_max_pool_backward", TORCH_BOX(&fastalex::lrn_max_pool_backward_op));
+#ifdef FASTALEX_CUDA_ARCHITECTURES
+  m.impl("architectures", TORCH_BOX(&fastalex::architectures_op));
+#endif
 }
-STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CUDA, m) { bind(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CPU, m) { bind(m); }

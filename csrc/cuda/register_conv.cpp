@@ -1,6 +1,4 @@
-// torch.ops.fastalex_cuda: convolution with bias and ReLU, and the choice between IEEE float32 and
-// TF32.
-#include <atomic>
+// torch.ops.fastalex_cuda: convolution with bias and ReLU. `tf32` rounds float32 for tensor cores.
 #include <optional>
 #include <tuple>
 
@@ -9,29 +7,27 @@
 namespace fastalex {
 namespace {
 
-std::atomic<bool> tf32_allowed = false;
-
 ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                       int64_t groups) {
+                       int64_t groups, bool tf32) {
   ConvParams p;
   for (int axis = 0; axis < 2; axis++) {
     p.stride[axis] = static_cast<int>(stride[axis]),
     p.padding[axis] = static_cast<int>(padding[axis]);
     p.dilation[axis] = static_cast<int>(dilation[axis]);
   }
-  p.groups = static_cast<int>(groups), p.tf32 = tf32_allowed;
+  p.groups = static_cast<int>(groups), p.tf32 = tf32;
   return p;
 }
 
 void check_conv(const Tensor& input, const Tensor& weight, int64_t groups, const char* op) {
   check_cuda(input, op, "input");
   check_like(weight, input, op, "weight");
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "fastalex_cuda::", op,
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "fastalex::", op,
                   ": input must be [N, C, H, W] and weight [K, C / groups, R, S], got ",
                   describe(input), " and ", describe(weight));
   STD_TORCH_CHECK(
       groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
-      "fastalex_cuda::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
+      "fastalex::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
       " channels in ", groups, " groups");
 }
 
@@ -40,7 +36,7 @@ Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& 
   for (int axis = 0; axis < 2; axis++) {
     sizes[2 + axis] = pool_outputs(input.size(2 + axis), weight.size(2 + axis), p.stride[axis],
                                    p.padding[axis], p.dilation[axis], false);
-    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex_cuda::", op, ": the filter does not fit ",
+    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex::", op, ": the filter does not fit ",
                     describe(input));
   }
   return sizes;
@@ -62,11 +58,11 @@ Tensor gradient_like(const Tensor& t, bool wanted, bool nothing) {
 
 Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                    int64_t groups) {
+                    int64_t groups, bool tf32) {
   check_conv(input, weight, groups, "conv_relu");
   if (bias) check_like(*bias, input, "conv_relu", "bias");
   const Tensor x = dense(input);
-  const ConvParams params = conv_params(stride, padding, dilation, groups);
+  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32);
   Tensor y =
       empty(output_sizes(x, weight, params, "conv_relu"), x.scalar_type(), x, is_channels_last(x));
   const std::optional<Tensor> b =
@@ -76,7 +72,7 @@ Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::option
   launched("conv_relu", {&x, &weight}, [&] {
     const View vx = view_of(x), vw = view_of(weight), vy = view_of(y);
     const Tensor workspace = workspace_of(conv_relu_workspace(dtype, vx, vw, vy, params), x);
-    conv_relu(dtype, vx, vw, b ? b->data_ptr() : nullptr, vy, params, workspace.data_ptr(),
+    conv_relu(dtype, vx, vw, b ? address_of(*b) : nullptr, vy, params, address_of(workspace),
               device.stream());
   });
   return y;
@@ -86,12 +82,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, con
                                                          const Tensor& input, const Tensor& weight,
                                                          const Sizes& stride, const Sizes& padding,
                                                          const Sizes& dilation, int64_t groups,
-                                                         const std::vector<bool>& output_mask) {
+                                                         const std::vector<bool>& output_mask,
+                                                         bool tf32) {
   check_conv(input, weight, groups, "conv_relu_backward");
   check_like(grad, input, "conv_relu_backward", "grad");
   check_like(output, input, "conv_relu_backward", "output");
   const Tensor x = dense(input), g = dense_as(grad, is_channels_last(output));
-  const ConvParams params = conv_params(stride, padding, dilation, groups);
+  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32);
   const DType dtype = dtype_of(x, "conv_relu_backward");
   const bool nothing = output.numel() == 0;
   Tensor grad_x = gradient_like(x, output_mask[0], nothing);
@@ -102,40 +99,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, con
   launched("conv_relu_backward", {&g, &x, &weight}, [&] {
     const ConvGradients wanted = {output_mask[0] ? view_of(grad_x) : View{},
                                   output_mask[1] ? view_of(grad_weight) : View{},
-                                  output_mask[2] ? grad_bias.data_ptr() : nullptr};
+                                  output_mask[2] ? address_of(grad_bias) : nullptr};
     const View vy = view_of(output), vx = view_of(x), vw = view_of(weight);
     const Tensor workspace =
         workspace_of(conv_relu_backward_workspace(dtype, vy, vx, vw, wanted, params), x);
-    conv_relu_backward(dtype, view_of(g), vy, vx, vw, wanted, params, workspace.data_ptr(),
+    conv_relu_backward(dtype, view_of(g), vy, vx, vw, wanted, params, address_of(workspace),
                        device.stream());
   });
   return {grad_x, grad_weight, grad_bias};
 }
 
-void allow_tf32_op(bool allowed) { tf32_allowed = allowed; }
-
 }  // namespace fastalex
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cuda, m) {
-  m.def(
-      "conv_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
-      "dilation, "
-      "int groups) -> Tensor");
-  m.def(
-      "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, int[2] stride, "
-      "int[2] padding, "
-      "int[2] dilation, int groups, bool[3] output_mask) -> (Tensor grad_input, Tensor "
-      "grad_weight, "
-      "Tensor grad_bias)");
-  m.def("allow_tf32(bool allowed) -> ()");
+#define FASTALEX_CONV "int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+FASTALEX_LIBRARY_FRAGMENT(FASTALEX_NAMESPACE, m) {
+  m.def("conv_relu(Tensor input, Tensor weight, Tensor? bias, " FASTALEX_CONV
+        ", bool tf32) -> Tensor");
+  m.def("conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, " FASTALEX_CONV
+        ", bool[3] output_mask, bool tf32) -> (Tensor, Tensor, Tensor)");
 }
 
-static void bind(torch::stable::detail::StableLibrary& m) {
+FASTALEX_LIBRARY_IMPL(FASTALEX_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("conv_relu", TORCH_BOX(&fastalex::conv_relu_op));
   m.impl("conv_relu_backward", TORCH_BOX(&fastalex::conv_relu_backward_op));
-}
-STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CUDA, m) { bind(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CPU, m) { bind(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastalex_cuda, CompositeExplicitAutograd, m) {
-  m.impl("allow_tf32", TORCH_BOX(&fastalex::allow_tf32_op));
 }

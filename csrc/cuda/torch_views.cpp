@@ -1,6 +1,9 @@
 // Checks on torch tensors and their translation to views, all through the stable ABI.
 #include "torch_views.h"
 
+#include <algorithm>
+#include <cstring>
+
 // Exported by every CUDA build of torch 2.11 and newer; weak, so that this library also loads
 // beside a CPU build.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
@@ -28,9 +31,31 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-MemoryFormat format_for(const Tensor& t, bool channels_last) {
-  if (!channels_last || (t.dim() != 4 && t.dim() != 5)) return MemoryFormat::Contiguous;
-  return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      return aoti_torch_dtype_uint8();
+  }
+}
+
+Sizes dense_strides(const Sizes& sizes, bool channels_last) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  if (channels_last) strides[1] = 1, step = std::max<int64_t>(sizes[1], 1);
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (channels_last && d == 1) continue;
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  return strides;
 }
 
 // Whether dimensions 2 to the last but one can be walked with one stride.
@@ -38,6 +63,15 @@ bool rows_fold(const Tensor& t) {
   for (int64_t d = 2; d + 2 < t.dim(); d++)
     if (t.size(d) > 1 && t.size(d + 1) > 1 && t.stride(d) != t.size(d + 1) * t.stride(d + 1))
       return false;
+  return true;
+}
+
+bool planes_are_dense(const Tensor& t) {
+  int64_t step = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; d--) {
+    if (t.size(d) != 1 && t.stride(d) != step) return false;
+    step *= t.size(d);
+  }
   return true;
 }
 
@@ -61,28 +95,42 @@ DType dtype_of(const Tensor& t, const char* op) {
       return DType::bf16;
     default:
       throw std::runtime_error(
-          std::string("fastalex_cuda::") + op + ": takes float32, float16 or bfloat16, got " +
+          std::string("fastalex::") + op + ": takes float32, float16 or bfloat16, got " +
           name_of(t.scalar_type()) + ": convert the input, or use the torch backend");
   }
 }
 
 void check_cuda(const Tensor& t, const char* op, const char* name) {
+#ifdef FASTALEX_WITHOUT_CUDA
+  const bool served = true;
+#else
+  const bool served = t.is_cuda();
+#endif
   STD_TORCH_CHECK(
-      t.is_cuda(), "fastalex_cuda::", op, ": `", name,
+      served, "fastalex::", op, ": `", name,
       "` is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
+  STD_TORCH_CHECK(is_aligned(t.data_ptr(), t.element_size()), "fastalex::", op, ": `", name,
+                  "` does not start at a multiple of its elements' size: clone() it");
 }
 
 void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
   check_cuda(t, op, name);
-  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex_cuda::", op, ": `",
-                  name, "` is on another CUDA device than the input");
-  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex_cuda::", op, ": `", name,
-                  "` is ", name_of(t.scalar_type()), " and the input ",
-                  name_of(input.scalar_type()));
+  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex::", op, ": `", name,
+                  "` is on another CUDA device than the input");
+  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex::", op, ": `", name, "` is ",
+                  name_of(t.scalar_type()), " and the input ", name_of(input.scalar_type()));
+}
+
+void* address_of(const Tensor& t) {
+  void* address = t.data_ptr();
+#ifdef FASTALEX_WITHOUT_CUDA
+  if (!address && t.numel()) address = reinterpret_cast<void*>(256);
+#endif
+  return address;
 }
 
 View view_of(const Tensor& t) {
-  View v = {t.data_ptr(), {t.size(0), t.size(1), 1, 1}, {t.stride(0), t.stride(1), 0, 0}};
+  View v = {address_of(t), {t.size(0), t.size(1), 1, 1}, {t.stride(0), t.stride(1), 0, 0}};
   const int64_t last = t.dim() - 1;
   if (last >= 2) v.size[3] = t.size(last), v.stride[3] = t.stride(last);
   for (int64_t d = last - 1; d >= 2; d--) {
@@ -93,24 +141,37 @@ View view_of(const Tensor& t) {
 }
 
 bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 4 || t.is_contiguous() || t.size(1) == 1) return false;
-  return t.stride(1) == 1;
+  if (t.is_contiguous() || (t.size(1) > 1 && t.stride(1) != 1)) return false;
+  return rows_fold(t) && !planes_are_dense(t);
 }
 
 Tensor dense(const Tensor& t) {
   const bool columns = t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1;
   if ((columns || is_channels_last(t)) && rows_fold(t)) return t;
-  return torch::stable::contiguous(t, format_for(t, is_channels_last(t)));
+  return torch::stable::contiguous(t);
 }
 
 Tensor dense_as(const Tensor& t, bool channels_last) {
   if (is_channels_last(t) == channels_last) return dense(t);
-  return torch::stable::contiguous(t, format_for(t, channels_last));
+  const auto sizes = t.sizes();
+  Tensor copy = empty(Sizes(sizes.begin(), sizes.end()), t.scalar_type(), t, channels_last);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              format_for(like, channels_last));
+  const Sizes strides = dense_strides(sizes, channels_last);
+  int32_t device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_code(dtype), device, like.get_device_index(), &handle));
+  Tensor made(handle);
+#ifdef FASTALEX_POISON  // NaN in every type: tests see what nobody wrote
+  if (made.numel()) std::memset(made.data_ptr(), 0xff, made.numel() * made.element_size());
+#endif
+  return made;
 }
 
 int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
@@ -120,12 +181,16 @@ int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t paddi
   return ceil_mode && (outputs - 1) * stride >= size + padding ? outputs - 1 : outputs;
 }
 
+#ifdef FASTALEX_WITHOUT_CUDA
+OnDevice::OnDevice(const Tensor&) {}
+#else
 OnDevice::OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-                  "fastalex_cuda: this torch was built without CUDA");
+                  "fastalex: this torch was built without CUDA: install one that was");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   stream_ = static_cast<Stream>(stream);
 }
+#endif
 
 }  // namespace fastalex

@@ -1,4 +1,8 @@
 // Between torch's stable ABI and views: checks, layouts, outputs, the current stream.
+//
+// Three builds share the registration: CUDA starts the kernels (torch.ops.fastalex_cuda), a caller
+// does (planner/), or the tests run them on the CPU. The last two define FASTALEX_WITHOUT_CUDA and
+// a namespace of their own, and take tensors of any device.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,11 +16,18 @@
 
 #include "ops.h"
 
+#ifndef FASTALEX_NAMESPACE
+#define FASTALEX_NAMESPACE fastalex_cuda
+#endif
+// A macro's argument is expanded before it becomes part of a name only one call further down.
+#define FASTALEX_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define FASTALEX_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
+#define FASTALEX_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
 namespace fastalex {
 
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
 std::string describe(const Tensor& t);
@@ -29,13 +40,17 @@ void check_like(const Tensor& t, const Tensor& input, const char* op, const char
 // [N, C, ...] as [N, C, rows, columns]; the trailing dimensions must fold (see `dense`).
 View view_of(const Tensor& t);
 
-// Channels-last in memory and not also contiguous.
+// Where the elements are; a meta tensor, whose launches are only planned, pretends to a place.
+void* address_of(const Tensor& t);
+
+// The layout that results take: fastalex/_geometry.py has the same rule for the fakes.
 bool is_channels_last(const Tensor& t);
 // `t` itself if its channels or its columns lie side by side, else one copy in the nearest layout.
 Tensor dense(const Tensor& t);
 // The same, in a given layout.
 Tensor dense_as(const Tensor& t, bool channels_last);
 
+// Uninitialised and dense, on `like`'s device.
 Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 
 // Outputs of one axis of a pooling, by torch's rule.
@@ -49,8 +64,10 @@ class OnDevice {
   Stream stream() const { return stream_; }
 
  private:
+#ifndef FASTALEX_WITHOUT_CUDA
   torch::stable::accelerator::DeviceGuard guard_;
-  Stream stream_;
+#endif
+  Stream stream_ = nullptr;
 };
 
 // Runs a launcher; an error gains the operator and its tensors' shapes.
@@ -59,7 +76,7 @@ void launched(const char* op, std::initializer_list<const Tensor*> tensors, Func
   try {
     function();
   } catch (const std::exception& error) {
-    std::string text = std::string(error.what()) + " [fastalex_cuda::" + op;
+    std::string text = std::string(error.what()) + " [fastalex::" + op;
     for (const Tensor* t : tensors) text += " " + describe(*t);
     throw std::runtime_error(text + "]");
   }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
-from fastalex.ops import _onednn, _triton
+from fastalex.ops import _cuda, _onednn, _triton
 from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
 from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
 
@@ -84,6 +84,7 @@ CONV_RELU.kernels.add("triton", **_triton.kernel("conv_relu", "conv_relu", conte
 CONV_RELU_BACKWARD.kernels.add(
     "triton", **_triton.kernel("conv_relu_backward", "conv_relu_backward", contested=True)
 )
+_cuda.add_to(CONV_RELU, CONV_RELU_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

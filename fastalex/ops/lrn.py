@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _torch, _triton
+from fastalex.ops import _cpu, _cuda, _torch, _triton
 from fastalex.ops._arguments import lrn_scale, require_floating
 from fastalex.ops._operator import Operator
 
@@ -47,6 +47,7 @@ LRN.kernels.add("cpu", _cpu_lrn, _cpu.refuse)
 LRN_BACKWARD.kernels.add("cpu", _cpu_lrn_backward, _cpu.refuse)
 LRN.kernels.add("triton", **_triton.kernel("lrn", "lrn"))
 LRN_BACKWARD.kernels.add("triton", **_triton.kernel("lrn", "lrn_backward"))
+_cuda.add_to(LRN, LRN_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

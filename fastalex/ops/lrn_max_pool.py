@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _torch, _triton
+from fastalex.ops import _cpu, _cuda, _torch, _triton
 from fastalex.ops._arguments import Pair, lrn_scale, require_floating
 from fastalex.ops._operator import Operator, gradients_may_follow
 from fastalex.ops.max_pool import fake_pool, pool_geometry
@@ -91,6 +91,7 @@ LRN_MAX_POOL.kernels.add("triton", **_triton.kernel("lrn_max_pool", "lrn_max_poo
 LRN_MAX_POOL_BACKWARD.kernels.add(
     "triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool_backward")
 )
+_cuda.add_to(LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, offsets_dtype, pooled_size
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _torch, _triton
+from fastalex.ops import _cpu, _cuda, _torch, _triton
 from fastalex.ops._arguments import Pair, pair, remembered, require_tensor
 from fastalex.ops._operator import Operator, gradients_may_follow
 
@@ -94,6 +94,7 @@ MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
 MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
 MAX_POOL.kernels.add("triton", **_triton.kernel("max_pool", "max_pool"))
 MAX_POOL_BACKWARD.kernels.add("triton", **_triton.kernel("max_pool", "max_pool_backward"))
+_cuda.add_to(MAX_POOL, MAX_POOL_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

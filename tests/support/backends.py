@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import fastalex
 from fastalex import _native
+from tests.support import cuda_host
 
 #: "torch", and the CPU library on each instruction set this machine runs.
 BACKENDS = (
@@ -17,7 +18,11 @@ BACKENDS = (
 
 @contextlib.contextmanager
 def running(backend: str) -> Iterator[None]:
-    """Forces a backend of BACKENDS for the operators that have it."""
+    """Forces a backend of BACKENDS, or "cuda-host", for the operators that have it."""
+    if backend == "cuda-host":
+        with cuda_host.serving_cpu(), fastalex.use_backend("cuda"):
+            yield
+        return
     name, _, isa = backend.partition("-")
     with fastalex.use_backend(name):
         if not isa:

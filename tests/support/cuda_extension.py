@@ -1,60 +1,44 @@
-"""Builds the stable-ABI library of csrc/cuda with nvcc; needs no GPU and no CUDA build of torch."""
+"""Builds the library of csrc/cuda with nvcc as setup.py does, for one GPU; needs none, nor a CUDA build of torch."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-
-import torch
-
-from tests.support.cuda_host import fingerprint
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_extension"
-
-TORCH = Path(torch.__file__).parent
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{TORCH / 'include'}"]
-HOST_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-DEVICE_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+ARCHITECTURE = "90"
 
 
 def unavailable() -> str | None:
     """Why the library cannot be built here, or None."""
-    return None if shutil.which("nvcc") else "no nvcc on PATH"
+    return None if shutil.which(os.environ.get("NVCC", "nvcc")) else "no nvcc on PATH"
 
 
-def build(architectures: tuple[str, ...] = ("90",)) -> Path:
-    """The library for these compute capabilities, rebuilt only when a source or a flag changed."""
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    BUILD.mkdir(parents=True, exist_ok=True)
+@cache
+def setup_module() -> Any:
+    """setup.py as a module: it installs nothing unless it is run."""
+    spec = importlib.util.spec_from_file_location("fastalex_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def compile_one(source: Path) -> Path:
-        device = source.suffix == ".cu"
-        command = ["nvcc", *DEVICE_FLAGS, *gencode] if device else ["g++", *HOST_FLAGS, *STABLE_ABI]
-        target = BUILD / f"{source.stem}-{fingerprint(command, source, (KERNELS,))}.o"
-        if target.exists():
-            return target
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        done = subprocess.run(
-            [*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{source.name}:\n{done.stderr}")
-        return partial.rename(target)
 
-    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
-    with ThreadPoolExecutor(2) as pool:
-        objects = [str(o) for o in pool.map(compile_one, sources)]
-    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
-    library = BUILD / f"fastalex_cuda-{digest}.so"
-    if library.exists():
-        return library
-    link = ["nvcc", "-shared", "-cudart", "static", *gencode, *objects]
-    link += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
-    subprocess.run(link, check=True)
-    return library
+@cache
+def build() -> Path:
+    """The library; ninja rebuilds what changed."""
+    before = os.environ.get("FASTALEX_CUDA_ARCH")
+    os.environ["FASTALEX_CUDA_ARCH"] = ARCHITECTURE
+    try:
+        setup_module().build(BUILD, ["_cuda"])
+    finally:
+        os.environ.pop("FASTALEX_CUDA_ARCH")
+        if before is not None:
+            os.environ["FASTALEX_CUDA_ARCH"] = before
+    return BUILD / "_cuda.so"

@@ -86,9 +86,17 @@ def build_sdist(source: Path, output: Path) -> Path:
 
 
 def pip_wheel(source: Path, output: Path, **environment: str) -> Result:
-    """``pip wheel`` with the tools of this environment; FASTALEX_BUILD and CXX come from ``environment`` alone."""
+    """``pip wheel`` with the tools of this environment, its compilers and FASTALEX_* from ``environment`` alone.
+
+    Without NVCC there: as on a machine that has none, since it takes minutes.
+    """
     command = ["-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w"]
-    unset = {"FASTALEX_BUILD": "auto", "CXX": "g++"}
+    unset = {
+        "FASTALEX_BUILD": "auto",
+        "CXX": "g++",
+        "NVCC": "/nonexistent",
+        "FASTALEX_CUDA_ARCH": "",
+    }
     return run(
         [sys.executable, *command, str(output), str(source)], source, **(unset | environment)
     )

@@ -2,6 +2,7 @@
 compared.
 
     facts = cubin_facts(cubin_bytes, threads=256)     NVIDIA, any compiler
+    {name: facts} = library_facts(path)                every kernel of nvcc's object or library
     facts = amd_facts(assembly_text, threads=256)     AMD, from Triton's `amdgcn` stage
     problems = regressions(recorded, found)            [] or one sentence a regression
 
@@ -11,6 +12,7 @@ A ledger is a JSON object {case name: facts}; `write` sorts it so that its diffs
 from __future__ import annotations
 
 import collections
+import functools
 import glob
 import json
 import os
@@ -50,10 +52,68 @@ def tool(name: str) -> str:
     return found
 
 
+def unavailable() -> str | None:
+    """Why machine code cannot be read here, or None."""
+    try:
+        for name in ("cuobjdump", "nvdisasm"):
+            tool(name)
+    except FileNotFoundError as missing:
+        return str(missing)
+    return None
+
+
 def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run(
         [tool(name), *arguments], capture_output=True, text=True, check=True
     ).stdout
+
+
+RESOURCE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+
+
+def resources(binary: bytes) -> dict[str, dict[str, int]]:
+    """{kernel as C++ writes it: registers, stack, shared} of a cubin, an object or a library."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        rows = RESOURCE.findall(run_tool("cuobjdump", "--dump-resource-usage", file.name))
+    return {
+        expression(name): {"registers": int(r), "stack": int(stack), "shared": int(shared)}
+        for name, r, stack, shared in rows
+    }
+
+
+@functools.cache
+def expression(mangled: str) -> str:
+    """Such as fastalex::lrn_channels_last<__half, 8, 5>."""
+    plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    return re.sub(r"^void (.*)\(.*\)$", r"\1", plain.strip())
+
+
+def library_facts(library: Path) -> dict[str, dict]:
+    """{kernel: facts} of every kernel in a library of nvcc's; shared memory is what its launch asks for at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [tool("cuobjdump"), "-xelf", "all", str(library)],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        found = {}
+        for path in sorted(Path(folder).glob("*.cubin")):
+            cubin = path.read_bytes()
+            layout = run_tool("cuobjdump", "-elf", str(path))
+            for mangled in re.findall(r"^\.nv\.info\.(\S+)$", layout, re.M):
+                threads = launch_bound(layout, mangled)
+                found[expression(mangled)] = cubin_facts(cubin, threads, kernel=mangled)
+    return found
+
+
+def launch_bound(layout: str, mangled: str) -> int:
+    """The most threads a block may have: __launch_bounds__."""
+    section = layout.partition(f".nv.info.{mangled}\n")[2]
+    found = re.search(r"EIATTR_MAX_THREADS.*?\n.*?Value:\s*(0x[0-9a-f]+) ", section, re.S)
+    return int(found[1], 16) if found else 1024
 
 
 def cubin_facts(

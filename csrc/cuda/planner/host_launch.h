@@ -1,8 +1,5 @@
-// The planner's half of csrc/cuda/launch.h: writes down what would be launched.
+// The planner's half of csrc/cuda/launch.h: says what to launch, and lets the caller do it.
 #pragma once
-
-#include <cstring>
-#include <vector>
 
 namespace fastalex {
 
@@ -11,21 +8,17 @@ struct PlannedLaunch {
   long long blocks;
   int threads, shared_bytes;
   long long plan_bytes;
-  alignas(8) unsigned char plan[1024];
+  const void* plan;
 };
-inline std::vector<PlannedLaunch> planned;
+void hand_over(const PlannedLaunch& planned, const LaunchShape& shape);
 
 template <auto Kernel, class Plan>
 void launch(const LaunchShape& shape, Stream, const Plan& plan) {
-  static_assert(sizeof(Plan) <= sizeof(PlannedLaunch::plan));
   static const std::string name = kernel_name<Kernel>();
   if (!shape.blocks) return;
-  if (shape.blocks > 0x7fffffffll)
-    throw_launch_error(name, shape, "a grid has at most 2^31 - 1 blocks");
-  PlannedLaunch record = {name.c_str(),       shape.blocks, shape.threads,
-                          shape.shared_bytes, sizeof(Plan), {}};
-  std::memcpy(record.plan, &plan, sizeof(Plan));
-  planned.push_back(record);
+  require_grid(name, shape);
+  hand_over({name.c_str(), shape.blocks, shape.threads, shape.shared_bytes, sizeof(Plan), &plan},
+            shape);
 }
 
 }  // namespace fastalex

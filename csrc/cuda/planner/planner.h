@@ -1,6 +1,9 @@
-// Compiles the launchers of csrc/cuda with a plain C++ compiler and no CUDA: they decide what to
-// launch, CuPy launches it.
+// Compiles csrc/cuda with a plain C++ compiler and no CUDA: the launchers decide what to launch,
+// and CuPy launches it. Force-included before every source.
 #pragma once
+
+#define FASTALEX_WITHOUT_CUDA
+#define FASTALEX_NAMESPACE fastalex_cuda_plan
 
 #include <cmath>
 

@@ -19,8 +19,7 @@ inline bool launches_are_dry = false;  // record only
 template <auto Kernel, class Plan>
 void launch(const LaunchShape& shape, Stream, const Plan& plan) {
   if (!shape.blocks) return;
-  if (shape.blocks > 0x7fffffffll)
-    throw_launch_error(kernel_name<Kernel>(), shape, "a grid has at most 2^31 - 1 blocks");
+  require_grid(kernel_name<Kernel>(), shape);
   auto bytes = reinterpret_cast<const unsigned char*>(&plan);
   launch_records.push_back({kernel_name<Kernel>(), shape, {bytes, bytes + sizeof(Plan)}});
   if (launches_are_dry) return;
