@@ -28,11 +28,11 @@ NVCC = os.environ.get("NVCC", "nvcc")
 BUILD = ROOT / "build/native"  # kept between builds, so that a rebuild compiles what changed
 # Compiled once per instruction set, free of torch; the other sources know torch and no instruction set.
 CPU_KERNELS = (
-    *("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "kernel_table"),
+    *("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "fingerprint", "kernel_table"),
     *(f"conv/kernels/{path.stem}" for path in sorted(CPU.glob("conv/kernels/*.cpp"))),
 )
 CPU_HOST = (
-    *("activation", "library", "register", "linear"),
+    *("activation", "buffer", "library", "packed", "register", "register_conv", "linear"),
     *(f"conv/{path.stem}" for path in sorted(CPU.glob("conv/*.cpp"))),
 )
 ISA_FLAGS = {

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from fastalex import models, ops, reference
 from fastalex._explain import explain
 from fastalex._optimize import optimize
+from fastalex._precision import get_conv_precision, set_conv_precision
 from fastalex._tune import tune
 from fastalex.backends import BackendError, use_backend
 
@@ -13,10 +14,12 @@ __version__ = _version("fastalex")
 __all__ = [
     "BackendError",
     "explain",
+    "get_conv_precision",
     "models",
     "ops",
     "optimize",
     "reference",
+    "set_conv_precision",
     "tune",
     "use_backend",
 ]

@@ -81,6 +81,11 @@ def set_isa(name: str) -> None:
     torch.ops.fastalex_cpu.set_isa(name)
 
 
+def set_conv_precision(level: int) -> None:
+    """0 highest, 1 high, 2 medium: see fastalex.set_conv_precision."""
+    torch.ops.fastalex_cpu.set_conv_precision(level)
+
+
 def set_poison(enabled: bool) -> None:
     """Fills every allocation of the CPU library with NaN: tests see what nobody wrote."""
     torch.ops.fastalex_cpu.set_poison(enabled)

@@ -13,7 +13,7 @@ from fastalex import _tuning
 
 #: Every backend, in the order in which `auto` considers them. On a GPU all move the same counted bytes; cuda is the one
 #: that compiles nothing at the first call and launches from C++, cupy the one that compiles longest.
-NAMES = ("cpu", "onednn", "cuda", "triton", "cupy", "torch")
+NAMES = ("cpu", "cuda", "triton", "cupy", "torch")
 
 #: Gives the reason why a backend cannot serve a call, and what would mend it; None where it can.
 Refusal = Callable[..., "str | None"]
@@ -45,7 +45,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Runs every fastalex operator inside the ``with`` block on one backend.
 
     Args:
-        name: one of ``cpu``, ``onednn``, ``cuda``, ``triton``, ``cupy``, ``torch``, or ``auto``
+        name: one of ``cpu``, ``cuda``, ``triton``, ``cupy``, ``torch``, or ``auto``
             to lift an outer choice.
 
     Raises:
@@ -122,7 +122,7 @@ class KernelTable:
         raise BackendError(f"{self.op} has no backend '{name}'; it has {have}")
 
     def explain(self, *args: Any) -> str:
-        """A line per backend: chosen, able, or refused and why."""
+        """A line per backend: chosen, able, or refused and why; then its note, which can take more."""
         try:
             chosen = self.choose(*args).backend
         except BackendError:
@@ -134,6 +134,7 @@ class KernelTable:
             verdict = "chosen" if kernel.backend == chosen else "able, not needed"
             verdict = verdict if reason is None else f"no: {reason}"
             note = f"; {kernel.note(*args)}" if able and kernel.note else ""
+            note = note.replace("\n", "\n" + " " * 10)
             lines.append(f"  {kernel.backend:7} {verdict}{note}")
         return "\n".join(lines)
 

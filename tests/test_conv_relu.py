@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
-import weakref
+import subprocess
+import sys
+import threading
+import zlib
 
 import pytest
 import torch
@@ -12,10 +16,10 @@ import torch.nn.functional as F
 
 import fastalex
 from fastalex import ops, reference
-from fastalex.ops import _onednn
+from fastalex._geometry import in_layout_of
 from fastalex.ops.conv_relu import CONV_RELU, CONV_RELU_BACKWARD
 from tests.support import bounds
-from tests.support.backends import BACKENDS, running
+from tests.support.backends import BACKENDS, conv_precision, running, with_precisions
 from tests.support.cases import CONV_CASES, DTYPES, Conv, lay_out, random_input, with_specials
 
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -28,21 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def backends_of(operator) -> list[str]:
     """The names for :func:`running` of every backend that has the operator."""
     names = [kernel.backend for kernel in operator.kernels.kernels]
-    return [name for name in (*BACKENDS, "onednn") if name.partition("-")[0] in names]
-
-
-@pytest.fixture
-def any_size(monkeypatch):
-    """oneDNN leaves small convolutions to others; here it takes them."""
-    monkeypatch.setattr(_onednn, "_SMALLEST", 0)
+    return [name for name in BACKENDS if name.partition("-")[0] in names]
 
 
 def skip_unserved(backend, dtype):
-    if backend == "onednn":
-        probe = torch.empty(1, 1, 1, 1, dtype=dtype)
-        reason = _onednn.refuse(probe, probe)
-        if reason:
-            pytest.skip(reason)
+    if backend.startswith("cpu") and dtype is torch.float64:
+        pytest.skip("the engine leaves float64 to torch")
 
 
 def conv_input(case: Conv, dtype, layout):
@@ -55,27 +50,32 @@ def stock(case: Conv, x, weight, bias):
     return F.relu(F.conv2d(x, weight, bias, **case.arguments()))
 
 
+@functools.cache
+def forward_problem(case: Conv, dtype, layout):
+    """Inputs, and what float64 makes of them and of their magnitudes; made once for all backends."""
+    torch.manual_seed(zlib.crc32(repr((case, dtype, layout)).encode()))
+    weight, bias = case.parameters(dtype)
+    x = conv_input(case, dtype, layout)
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    expected = stock(case, *wide)
+    magnitude = F.conv2d(*(None if t is None else t.abs() for t in wide), **case.arguments())
+    return (x, weight, bias), expected, magnitude
+
+
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("backend", backends_of(CONV_RELU))
-@pytest.mark.usefixtures("any_size")
-def test_forward(backend, dtype, case):
+@pytest.mark.parametrize(("backend", "precision"), with_precisions(backends_of(CONV_RELU)))
+def test_forward(backend, precision, dtype, case):
     skip_unserved(backend, dtype)
-    weight, bias = case.parameters(dtype)
-    wide_bias = None if bias is None else bias.double()
-    summands = weight[0].numel() + 1
     for layout in LAYOUTS:
-        x = conv_input(case, dtype, layout)
-        with running(backend):
-            y = ops.conv2d_relu(x, weight, bias, **case.arguments())
-        expected = stock(case, x.double(), weight.double(), wide_bias)
-        magnitude = F.conv2d(
-            x.double().abs(),
-            weight.double().abs(),
-            None if bias is None else wide_bias.abs(),
-            **case.arguments(),
-        )
+        arguments, expected, magnitude = forward_problem(case, dtype, layout)
+        with running(backend), conv_precision(precision):
+            y = ops.conv2d_relu(*arguments, **case.arguments())
         assert y.dtype is dtype
+        if precision != "highest":
+            bounds.assert_precision(y, expected, precision)
+            continue
+        summands = arguments[1][0].numel() + 1
         bounds.assert_within(y, expected, bounds.sum_bound(magnitude, summands, expected, dtype))
 
 
@@ -90,31 +90,43 @@ def operator_arguments(case: Conv):
     return (*pairs, case.groups)
 
 
+GRADIENT_LAYOUTS = (
+    ("contiguous", "contiguous"),
+    ("channels_last", "channels_last"),
+    ("channels_last", "contiguous"),
+    ("contiguous", "channels_last"),
+    ("channel_slice", "expanded"),
+    ("transposed", "row_slice"),
+)
+
+
+@functools.cache
+def backward_problem(case: Conv, dtype, layout, grad_layout):
+    """As forward_problem: (grad, output, input, weight, ...), the gradients, those of the magnitudes."""
+    torch.manual_seed(zlib.crc32(repr((case, dtype, layout, grad_layout)).encode()))
+    weight, bias = case.parameters(dtype)
+    x = random_input(case.shape, dtype, layout)
+    y = in_layout_of(x, stock(case, x.double(), weight.double(), None).to(dtype))
+    g = random_input(tuple(y.shape), dtype, grad_layout)
+    rest = (*operator_arguments(case), [True, True, bias is not None])
+    wide = [tensor.double() for tensor in (g, y, x, weight)]
+    expected = reference.conv_relu_backward(*wide, *rest)
+    magnitudes = reference.conv_relu_backward(
+        wide[0].abs(), wide[1], wide[2].abs(), wide[3].abs(), *rest
+    )
+    return (g, y, x, weight, *rest), expected, magnitudes
+
+
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize("backend", backends_of(CONV_RELU_BACKWARD))
-def test_backward(backend, dtype, case):
-    weight, bias = case.parameters(dtype)
-    arguments = operator_arguments(case)
-    mask = [True, True, case.bias]
-    for layout, grad_layout in (
-        ("contiguous", "contiguous"),
-        ("channels_last", "channels_last"),
-        ("channels_last", "contiguous"),
-        ("contiguous", "channels_last"),
-        ("channel_slice", "expanded"),
-        ("transposed", "row_slice"),
-    ):
-        x = random_input(case.shape, dtype, layout)
-        y = CONV_RELU.run(x, weight, bias, *arguments)
-        g = random_input(tuple(y.shape), dtype, grad_layout)
-        with running(backend):
-            grads = CONV_RELU_BACKWARD.run(g, y, x, weight, *arguments, mask)
-        wide = [tensor.double() for tensor in (g, y, x, weight)]
-        expected = reference.conv_relu_backward(*wide, *arguments, mask)
-        magnitudes = reference.conv_relu_backward(
-            wide[0].abs(), wide[1], wide[2].abs(), wide[3].abs(), *arguments, mask
-        )
+@pytest.mark.parametrize(("backend", "precision"), with_precisions(backends_of(CONV_RELU_BACKWARD)))
+def test_backward(backend, precision, dtype, case):
+    skip_unserved(backend, dtype)
+    for layouts in GRADIENT_LAYOUTS:
+        arguments, expected, magnitudes = backward_problem(case, dtype, *layouts)
+        with running(backend), conv_precision(precision):
+            grads = CONV_RELU_BACKWARD.run(*arguments)
+        y, weight = arguments[1], arguments[3]
         pixels = y[:, 0].numel()
         summands = (weight[:, 0].numel() // case.groups, pixels, pixels)
         for actual, right, magnitude, count in zip(
@@ -122,13 +134,15 @@ def test_backward(backend, dtype, case):
         ):
             assert actual.dtype is dtype
             assert actual.shape == right.shape
+            if precision != "highest":
+                bounds.assert_precision(actual, right, precision)
+                continue
             bounds.assert_within(actual, right, bounds.sum_bound(magnitude, count, right, dtype))
 
 
 @pytest.mark.parametrize("backend", backends_of(CONV_RELU))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.usefixtures("any_size")
 def test_nan_and_infinities_agree_with_torch(backend, dtype, layout):
     """A NaN pixel makes NaN wherever a window holds it, and not zero: torch's ReLU keeps NaN."""
     skip_unserved(backend, dtype)
@@ -173,7 +187,6 @@ def test_mask_follows_threshold_backward():
 
 @pytest.mark.parametrize("backend", backends_of(CONV_RELU))
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-@pytest.mark.usefixtures("any_size")
 def test_layout_of_the_output_is_the_inputs(backend, case):
     weight, bias = case.parameters(torch.float32)
     for format in (torch.contiguous_format, torch.channels_last):
@@ -219,45 +232,48 @@ def test_saves_input_weight_and_output_alone():
     assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr(), y.data_ptr()}
 
 
-# --- oneDNN: refusals and packed weights ---------------------------------------------------------
+# --- refusals and packed weights -----------------------------------------------------------------
 
 
 def big(dtype=torch.float32):
-    """A layer and an input that oneDNN takes."""
+    """A layer and an input."""
     layer = ops.Conv2dReLU(16, 32, 3, padding=1).to(dtype)
     return layer, torch.randn(2, 16, 20, 20).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_onednn_refuses_dtypes(dtype):
-    layer, x = big(dtype)
-    name = str(dtype).replace(".", r"\.")
-    with fastalex.use_backend("onednn"), pytest.raises(fastalex.BackendError, match=name):
+def test_cpu_refuses_float64():
+    layer, x = big(torch.float64)
+    with fastalex.use_backend("cpu"), pytest.raises(fastalex.BackendError, match=r"torch\.float64"):
         layer(x)
 
 
-def test_onednn_refuses_small_convolutions():
-    with fastalex.use_backend("onednn"), pytest.raises(fastalex.BackendError, match="so small"):
-        ops.conv2d_relu(torch.randn(1, 1, 5, 5), torch.randn(1, 1, 3, 3))
-
-
-def test_onednn_refuses_when_switched_off():
-    layer, x = big()
-    with (
-        torch.backends.mkldnn.flags(enabled=False),
-        fastalex.use_backend("onednn"),
-        pytest.raises(fastalex.BackendError, match=r"mkldnn\.enabled"),
-    ):
-        layer(x)
+def test_cpu_refuses_what_only_torch_defines():
+    x, weight = torch.randn(2, 3, 0, 5), torch.randn(4, 3, 1, 1)
+    with fastalex.use_backend("cpu"):
+        with pytest.raises(fastalex.BackendError, match="only the batch can be empty"):
+            CONV_RELU.run(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+        with pytest.raises(fastalex.BackendError, match="one is larger"):
+            ops.conv2d_relu(torch.randn(1, 3, 5, 5), weight, stride=1 << 40)
+    assert ops.conv2d_relu(torch.randn(1, 3, 5, 5), weight, stride=1 << 40).shape[-1] == 1
 
 
 def assert_current(layer, x):
-    """Asserts that the layer on oneDNN computes what its present weights say, in each mode."""
-    expected = F.relu(F.conv2d(x, layer.weight, layer.bias, padding=1)).detach()
-    with fastalex.use_backend("onednn"):
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), expected)
-        torch.testing.assert_close(layer(x).detach(), expected)
+    """Asserts that the layer computes what its present weights say, in each mode, with its gradient."""
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    expected = F.relu(F.conv2d(x.double(), weight, bias, padding=1))
+    with fastalex.use_backend("cpu"), torch.no_grad():
+        bounds.assert_precision(layer(x), expected, "high")
+    if torch.is_inference_mode_enabled():
+        return
+    leaf = x.detach().clone().requires_grad_()
+    with fastalex.use_backend("cpu"):
+        y = layer(leaf)
+        bounds.assert_precision(y.detach(), expected, "high")
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+    mask = (y.detach() > 0).double()
+    bounds.assert_precision(
+        grad, torch.nn.grad.conv2d_input(x.shape, weight, mask, padding=1), "high"
+    )
 
 
 def double_in_place(layer, x):
@@ -296,6 +312,38 @@ def new_parameter(layer, x):
     layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
 
 
+# What leaves the version counter as it was.
+def write_through_data(layer, x):
+    layer.weight.data.mul_(2)
+
+
+def write_one_element_through_data(layer, x):
+    layer.weight.data[17, 5, 2, 1] += 100
+
+
+def swap_two_elements_through_numpy(layer, x):
+    values = layer.weight.detach().numpy()
+    values[3, 1, 0, 0], values[9, 2, 1, 1] = values[9, 2, 1, 1] + 1, values[3, 1, 0, 0] - 1
+
+
+def write_from_another_thread(layer, x):
+    thread = threading.Thread(target=write_through_data, args=(layer, x))
+    thread.start()
+    thread.join()
+
+
+def change_the_layout(layer, x):
+    layer.to(memory_format=torch.channels_last)
+
+
+UNSEEN_BY_THE_VERSION = [
+    write_through_data,
+    write_one_element_through_data,
+    swap_two_elements_through_numpy,
+    write_from_another_thread,
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -307,6 +355,8 @@ def new_parameter(layer, x):
         load_state_dict,
         assign_state_dict,
         new_parameter,
+        change_the_layout,
+        *UNSEEN_BY_THE_VERSION,
     ],
 )
 def test_packed_weights_follow_the_weight(change):
@@ -324,6 +374,19 @@ def test_packed_weights_follow_the_geometry():
     for size in (20, 24, 20):
         assert_current(layer, torch.randn(2, 16, size, size))
     assert_current(layer, x.contiguous(memory_format=torch.channels_last))
+
+
+def test_packed_gradients_follow_stride_and_padding():
+    """The taps of each phase of a strided input gradient move with the padding, their number does not."""
+    weight = torch.randn(24, 16, 2, 2)
+    for padding in (0, 1, 0):
+        x = torch.randn(2, 16, 12, 12, requires_grad=True)
+        with fastalex.use_backend("cpu"):
+            y = ops.conv2d_relu(x, weight, stride=2, padding=padding)
+            (grad,) = torch.autograd.grad(y.sum(), x)
+        mask, wide = (y.detach() > 0).double(), weight.double()
+        right = torch.nn.grad.conv2d_input(x.shape, wide, mask, stride=2, padding=padding)
+        bounds.assert_precision(grad, right, "high")
 
 
 def test_packed_weights_under_inference_mode():
@@ -347,15 +410,121 @@ def test_a_deep_copy_packs_its_own():
 
 
 def test_packed_weights_go_with_the_weight():
-    _onednn._weights.clear()
+    gc.collect()
+    before = torch.ops.fastalex_cpu.packed_bytes()
     layer, x = big()
     assert_current(layer, x)
-    assert layer.weight in _onednn._weights._packed
-    gone = weakref.ref(layer.weight)
+    held = torch.ops.fastalex_cpu.packed_bytes()
+    assert held > before
+    layer.weight.data = layer.weight.data.clone()  # the first data's packed forms go
+    assert_current(layer, x)
+    assert torch.ops.fastalex_cpu.packed_bytes() == held
     del layer
     gc.collect()
-    assert gone() is None
-    assert len(_onednn._weights._packed) == 0
+    assert torch.ops.fastalex_cpu.packed_bytes() == before
+
+
+def test_unchanged_weights_are_packed_once():
+    """The bytes stay where they are, so a second call finds what the first packed."""
+    layer, x = big()
+    assert_current(layer, x)
+    held = torch.ops.fastalex_cpu.packed_bytes()
+    for _ in range(3):
+        assert_current(layer, x)
+    assert torch.ops.fastalex_cpu.packed_bytes() == held
+
+
+def test_calls_from_many_threads_with_a_weight_that_changes():
+    """Every result is that of one of the weights the call could have met, never a mixture."""
+    layers = [big()[0].eval() for _ in range(3)]
+    x = torch.randn(1, 16, 20, 20)
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        shared = torch.nn.Parameter(layers[0].weight.detach().clone())
+        wrong = []
+
+        def work(number):
+            torch.set_num_threads(1 + number % 2)
+            mine = copy.deepcopy(layers[number % 3])
+            for turn in range(30):
+                if number == 0:  # replaced, so that a reader holds the old or the new one whole
+                    shared.data = layers[turn % 3].weight.detach().clone()
+                y = mine(x)
+                if not torch.equal(y, expected[number % 3]):
+                    wrong.append(number)
+                now = shared.detach()
+                z = ops.conv2d_relu(x, now, layers[0].bias, padding=1)
+                if not torch.equal(z, ops.conv2d_relu(x, now.clone(), layers[0].bias, padding=1)):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("isa", [name for name in BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_number_of_threads_changes_no_bit(isa, dtype):
+    before = torch.get_num_threads()
+    results = []
+    for case in OPERATOR_CASES:
+        weight, bias = case.parameters(dtype)
+        x = random_input(case.shape, dtype, "channels_last")
+        arguments = operator_arguments(case)
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with running(isa):
+                y = CONV_RELU.run(x, weight, bias, *arguments)
+                grads = CONV_RELU_BACKWARD.run(y, y, x, weight, *arguments, [True, True, True])
+            runs.append((y, *grads))
+        results.append(runs)
+    torch.set_num_threads(before)
+    for runs in results:
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+FORKED = """
+import os, torch
+from fastalex import ops
+weight, x = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 20, 20)
+expected = ops.conv2d_relu(x, weight)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork
+    os._exit(0 if torch.equal(ops.conv2d_relu(x, weight), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+
+
+def test_precision_is_checked_and_kept():
+    assert fastalex.get_conv_precision() == "high"
+    with pytest.raises(ValueError, match="highest, high, medium"):
+        fastalex.set_conv_precision("low")
+    with conv_precision("medium"):
+        assert fastalex.get_conv_precision() == "medium"
+
+
+def test_explain_shows_the_engines_plan(capsys):
+    x, weight = torch.randn(8, 64, 13, 13), torch.randn(96, 64, 3, 3)
+    with conv_precision("high"):
+        fastalex.explain("conv_relu", x, weight, padding=1)
+    tiles = capsys.readouterr().out
+    with conv_precision("highest"):
+        fastalex.explain("conv_relu", x, weight, padding=1)
+    sums = capsys.readouterr().out
+    assert "winograd F(" in tiles
+    assert "predicted" in tiles
+    assert "packed weights" in tiles
+    assert "direct, bands" in sums
 
 
 # --- autocast ------------------------------------------------------------------------------------

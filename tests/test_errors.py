@@ -195,7 +195,7 @@ def python(*arguments, package_parent=PACKAGE.parent, cwd=None, **environment):
 @pytest.mark.parametrize(
     ("variable", "allowed"),
     [
-        ("FASTALEX_BACKEND", "auto or one of cpu, onednn"),
+        ("FASTALEX_BACKEND", "auto or one of cpu, cuda"),
         ("FASTALEX_CPU_ISA", "avx512, avx2, portable"),
     ],
 )

@@ -101,6 +101,8 @@ def test_gradcheck_of_the_function(name, layout, backend):
     has = {kernel.backend for kernel in REGISTRY[name].kernels.kernels}
     if backend.partition("-")[0] not in has:
         pytest.skip(f"{name} has no backend {backend}")
+    if name == "conv_relu" and backend != "torch":
+        pytest.skip("the convolution engine leaves float64 to torch")
     with running(backend):
         assert torch.autograd.gradcheck(sample.call, tensors)
 
@@ -141,11 +143,10 @@ def assert_same_form(actual, promised):
 
 
 @pytest.mark.parametrize("layout", MORE_LAYOUTS)
-@pytest.mark.parametrize("backend", [*BACKENDS[:2], "onednn"])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("name", FORWARD)
-def test_fakes_tell_the_layout(name, backend, layout, monkeypatch):
+def test_fakes_tell_the_layout(name, backend, layout):
     """Inductor believes the strides of the fake: a kernel that returned others would be an error."""
-    monkeypatch.setattr("fastalex.ops._onednn._SMALLEST", 0)
     sample, operator = SAMPLES[name], REGISTRY[name]
     if backend.partition("-")[0] not in {kernel.backend for kernel in operator.kernels.kernels}:
         pytest.skip(f"{name} has no backend {backend}")

@@ -5,10 +5,7 @@
 #include <array>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "buffer.h"
 #include "poison.h"
 
 namespace fastalex::cpu {
@@ -75,23 +72,6 @@ std::array<int64_t, kMaxDims> dense_strides(Sizes sizes, bool channels_last) {
   return strides;
 }
 
-// A new tensor of this size is fresh memory from the kernel, and every 4 KiB page of it a fault:
-// together they can cost several times what the operator does. Huge pages make one fault of 512.
-constexpr int64_t kHugePageBytes = 2 << 20;
-
-void use_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  if (bytes < 2 * kHugePageBytes) return;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t page = 4096;
-  const uintptr_t first = (begin + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
 }  // namespace
 
 DType dtype_of(const Tensor& tensor) {
@@ -134,6 +114,11 @@ Activation read_as(const Tensor& tensor, bool channels_last) {
   Activation copy = create(dtype_code(tensor), tensor.sizes(), channels_last);
   torch::stable::copy_(copy.tensor, tensor);
   return copy;
+}
+
+bool is_channels_last(const Tensor& tensor) {
+  Map map;
+  return describe(tensor, &map) && map.channels_last;
 }
 
 Activation create(int32_t dtype, Sizes sizes, bool channels_last) {

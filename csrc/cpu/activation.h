@@ -28,6 +28,9 @@ Activation read(const Tensor& tensor);
 // The same, in the layout given; copied once if it has another.
 Activation read_as(const Tensor& tensor, bool channels_last);
 
+// Whether results of a tensor's shape should be channels last, as its own layout is.
+bool is_channels_last(const Tensor& tensor);
+
 // A new dense tensor of `sizes` in the given layout, NaN-filled under test. dtype: an
 // aoti_torch_dtype_* code.
 Activation create(int32_t dtype, Sizes sizes, bool channels_last);

@@ -15,6 +15,7 @@ const Kernels kernels = {
     .max_pool_backward = max_pool_backward,
     .lrn_max_pool = lrn_max_pool,
     .lrn_max_pool_backward = lrn_max_pool_backward,
+    .fingerprint = fingerprint,
     .conv = conv_kernels,
 };
 

@@ -95,6 +95,7 @@ struct Kernels {
   void (*max_pool_backward)(const MaxPoolBackwardCall&);
   void (*lrn_max_pool)(const LrnMaxPoolCall&);
   void (*lrn_max_pool_backward)(const LrnMaxPoolBackwardCall&);
+  void (*fingerprint)(const void* data, int64_t bytes, uint64_t* result);  // two words
   const conv::ConvKernels& (*conv)();  // the convolution engine's own table
 };
 

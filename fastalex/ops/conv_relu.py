@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastalex import reference
 from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
-from fastalex.ops import _cuda, _onednn, _triton
+from fastalex.ops import _cpu_conv, _cuda, _triton
 from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
 from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
 
@@ -78,7 +78,8 @@ def _torch_backward(
 
 
 CONV_RELU.kernels.add("torch", _torch_conv_relu, no_refusal)
-CONV_RELU.kernels.add("onednn", _onednn.conv_relu, _onednn.refuse)
+CONV_RELU.kernels.add("cpu", _cpu_conv.conv_relu, _cpu_conv.refuse, note=_cpu_conv.plan)
+CONV_RELU_BACKWARD.kernels.add("cpu", _cpu_conv.conv_relu_backward, _cpu_conv.refuse_backward)
 CONV_RELU_BACKWARD.kernels.add("torch", _torch_backward, no_refusal)
 CONV_RELU.kernels.add("triton", **_triton.kernel("conv_relu", "conv_relu", contested=True))
 CONV_RELU_BACKWARD.kernels.add(

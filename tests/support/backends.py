@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import fastalex
 from fastalex import _native
+from fastalex._precision import LEVELS
 from tests.support import cuda_host
 
 #: "torch", and the CPU library on each instruction set this machine runs.
@@ -34,3 +35,29 @@ def running(backend: str) -> Iterator[None]:
             yield
         finally:
             _native.set_isa(before)
+
+
+@contextlib.contextmanager
+def conv_precision(level: str) -> Iterator[None]:
+    """Runs convolutions at one precision."""
+    before = fastalex.get_conv_precision()
+    fastalex.set_conv_precision(level)
+    try:
+        yield
+    finally:
+        fastalex.set_conv_precision(before)
+
+
+def with_precisions(backends: list[str]) -> list[tuple[str, str]]:
+    """Each backend with the precisions it knows; all but the CPU library's add up the plain sums.
+
+    "medium" differs from "high" in the choice of tiles alone, so one instruction set shows it.
+    """
+    best = next((name for name in backends if name.startswith("cpu")), None)
+
+    def levels(backend: str) -> tuple[str, ...]:
+        if not backend.startswith("cpu"):
+            return LEVELS[:1]
+        return LEVELS if backend == best else LEVELS[:2]
+
+    return [(backend, level) for backend in backends for level in levels(backend)]

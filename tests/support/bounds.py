@@ -68,3 +68,20 @@ def lrn_backward_bound(
 def sum_bound(magnitude: Tensor, summands: int, expected: Tensor, dtype: torch.dtype) -> Tensor:
     """A sum of products in any order: (summands + 2) eps of the magnitudes' sum, and the final rounding."""
     return magnitude * ((summands + 2) * compute_eps(dtype)) + rounding(expected, dtype)
+
+
+#: What set_conv_precision promises of a convolution: error of the norm, and of any element, against the largest.
+CONV_PRECISION = {"high": (1e-5, 5e-5), "medium": (1e-4, 5e-4)}
+
+
+def assert_precision(actual: Tensor, expected: Tensor, level: str) -> None:
+    """The documented bound of a precision level, plus the rounding of the result to its own dtype."""
+    of_norm, of_largest = CONV_PRECISION[level]
+    finite = expected.isfinite() & (expected.abs() < torch.finfo(actual.dtype).max)
+    wide, right = actual.double()[finite], expected[finite]
+    if right.numel() == 0:
+        return
+    round_off = rounding(right, actual.dtype)
+    error = (wide - right).abs()
+    assert error.norm() <= of_norm * right.norm() + round_off.norm()
+    assert (error <= of_largest * right.abs().max() + round_off).all()

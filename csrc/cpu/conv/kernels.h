@@ -115,7 +115,8 @@ struct WinogradKernels {
 };
 
 // Reads `pixels` pixels of `channels` channels into float: out[pixel * out_stride + channel], and
-// zeroes up to `padded_channels`. Where `mask` is given, values count only where it is positive.
+// zeroes up to `padded_channels`. Where `mask` is given, values do not count where it is zero or
+// negative; NaN lets them pass, as torch's ReLU does.
 struct GatherCall {
   const void* data;
   DType dtype;

@@ -38,7 +38,7 @@ class Pixels {
       return read_element(t.data, operands_.dtype,
                           image * s.n + c * s.c + source_y * s.h + source_x * s.w);
     };
-    if (operands_.mask.data && !(at(operands_.mask) > 0.0f)) return 0.0f;
+    if (operands_.mask.data && at(operands_.mask) <= 0.0f) return 0.0f;
     return at(operands_.input);
   }
 

@@ -271,7 +271,11 @@ uint64_t Plan::packed_key() const {
   mix(static_cast<uint64_t>(pass_));
   for (const Part& part : parts_) {
     const Geometry& g = part.geometry;
-    for (int value : {g.groups, g.channels, g.filters, g.kernel_h, g.kernel_w}) mix(value);
+    const WeightMap& w = part.weights;
+    for (int value : {g.groups, g.channels, g.filters, g.kernel_h, g.kernel_w, w.rows.first,
+                      w.rows.step, w.columns.first, w.columns.step}) {
+      mix(static_cast<uint64_t>(value));
+    }
     mix(part.engine == Engine::kWinograd ? part.winograd.kernels->big : 0);
     mix(part.fold.factor);
   }

@@ -16,7 +16,7 @@ inline constexpr int kLane = kLanes<float>;
 
 template <class S>
 inline F32 masked(F32 value, const S* mask, int count) {
-  return load_partial(mask, count) > 0.0f ? value : F32{};
+  return load_partial(mask, count) <= 0.0f ? F32{} : value;
 }
 
 // Channels adjacent and few: each pixel is one partial vector.
@@ -41,7 +41,7 @@ void gather_channels_last(const GatherCall& call) {
     int c = 0;
     for (; c + kLane <= call.channels; c += kLane) {
       const F32 value = load(in + c);
-      store(out + c, mask ? (load(mask + c) > 0.0f ? value : F32{}) : value);
+      store(out + c, mask ? (load(mask + c) <= 0.0f ? F32{} : value) : value);
     }
     const int tail = call.channels - c;
     if (tail > 0) {
@@ -70,7 +70,7 @@ void gather_strided(const GatherCall& call) {
         float value = widen_one(in[p * call.pixel_stride + c * call.channel_stride]);
         if (mask) {
           const S* sign = mask + p * call.mask_pixel_stride + c * call.mask_channel_stride;
-          if (!(widen_one(*sign) > 0.0f)) value = 0.0f;
+          if (widen_one(*sign) <= 0.0f) value = 0.0f;
         }
         call.out[p * call.out_stride + c] = value;
       }

@@ -1,0 +1,299 @@
+// The convolution operators as torch sees them: fastalex_cpu::conv_relu and its gradients, on the
+// engine in conv/. Stable ABI only.
+#include <pthread.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "activation.h"
+#include "conv/conv.h"
+#include "library.h"
+#include "numbers.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace fastalex::cpu {
+namespace {
+
+using conv::ConstTensor;
+using conv::Pass;
+using conv::Plan;
+using conv::Problem;
+
+std::atomic<int> g_precision{static_cast<int>(conv::Precision::kHigh)};
+// What tests force; kAuto and 0 leave the choice to the cost model.
+std::atomic<int> g_engine{static_cast<int>(conv::Engine::kAuto)}, g_tile{0};
+
+// Plans by everything that decides them. They are small and quick to make; a program that meets
+// more shapes than this starts again.
+constexpr size_t kMaxPlans = 1024;
+using PlanKey = std::array<int64_t, 22>;
+std::mutex g_mutex;
+std::map<PlanKey, std::shared_ptr<const Plan>> g_plans;
+// A child forked while another thread held the lock would wait for ever.
+[[maybe_unused]] const int g_fork_handlers =
+    pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); }, [] { g_mutex.unlock(); });
+
+std::shared_ptr<const Plan> plan_for(const Problem& p, Pass pass) {
+  const conv::ConvKernels& table = kernels().conv();
+  const int threads = thread_count(), tile = g_tile.load(std::memory_order_relaxed);
+  const auto engine = static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed));
+  const PlanKey key{reinterpret_cast<intptr_t>(&table),
+                    static_cast<int64_t>(pass),
+                    threads,
+                    static_cast<int64_t>(engine),
+                    tile,
+                    static_cast<int64_t>(p.dtype),
+                    static_cast<int64_t>(p.precision),
+                    p.batch,
+                    p.groups,
+                    p.in_channels,
+                    p.in_height,
+                    p.in_width,
+                    p.out_channels,
+                    p.kernel_height,
+                    p.kernel_width,
+                    p.stride_height,
+                    p.stride_width,
+                    p.padding_height,
+                    p.padding_width,
+                    p.dilation_height,
+                    p.dilation_width,
+                    p.relu};
+  {
+    const std::lock_guard lock(g_mutex);
+    const auto found = g_plans.find(key);
+    if (found != g_plans.end()) return found->second;
+  }
+  auto plan = std::make_shared<const Plan>(table, p, pass, threads, engine, tile);
+  const std::lock_guard lock(g_mutex);
+  if (g_plans.size() >= kMaxPlans) g_plans.clear();
+  return g_plans.emplace(key, std::move(plan)).first->second;
+}
+
+int narrow(int64_t value) {
+  constexpr int64_t kLimit = int64_t{1} << 30;  // sums of two fit an int
+  STD_TORCH_CHECK(value >= 0 && value < kLimit,
+                  "fastalex: a convolution's sizes lie between 0 and 2^30, got ", value);
+  return static_cast<int>(value);
+}
+
+struct Geometry {
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+};
+
+constexpr int64_t kGeometryNumbers = 7;
+
+Geometry take_geometry(Numbers& numbers) {
+  const auto next = [&] { return numbers.integer(); };
+  return {next(), next(), next(), next(), next(), next(), next()};
+}
+
+// Throws unless the numbers describe a convolution that the engine computes.
+Problem problem_of(DType dtype, const int64_t* input, const int64_t* weight, const Geometry& g) {
+  STD_TORCH_CHECK(g.groups > 0 && input[1] == weight[1] * g.groups && weight[0] % g.groups == 0,
+                  "fastalex: input channels, weight and groups do not fit");
+  STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 && g.dilation_w > 0,
+                  "fastalex: convolutions take positive strides and dilations");
+  Problem p;
+  p.dtype = dtype;
+  p.batch = input[0];
+  p.groups = narrow(g.groups);
+  p.in_channels = narrow(input[1]);
+  p.in_height = narrow(input[2]);
+  p.in_width = narrow(input[3]);
+  p.out_channels = narrow(weight[0]);
+  p.kernel_height = narrow(weight[2]);
+  p.kernel_width = narrow(weight[3]);
+  p.stride_height = narrow(g.stride_h);
+  p.stride_width = narrow(g.stride_w);
+  p.padding_height = narrow(g.padding_h);
+  p.padding_width = narrow(g.padding_w);
+  p.dilation_height = narrow(g.dilation_h);
+  p.dilation_width = narrow(g.dilation_w);
+  p.precision = static_cast<conv::Precision>(g_precision.load(std::memory_order_relaxed));
+  narrow(g.dilation_h * (weight[2] - 1) + 2 * g.padding_h + input[2]);
+  narrow(g.dilation_w * (weight[3] - 1) + 2 * g.padding_w + input[3]);
+  STD_TORCH_CHECK(p.in_channels > 0 && p.out_channels > 0 && p.in_height > 0 && p.in_width > 0 &&
+                      p.kernel_height > 0 && p.kernel_width > 0,
+                  "fastalex: only the batch of a convolution can be empty");
+  const std::string refusal = conv::refusal(p);
+  STD_TORCH_CHECK(refusal.empty(), "fastalex: ", refusal);
+  return p;
+}
+
+Problem problem_of(const Tensor& input, const Tensor& weight, const Geometry& g) {
+  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu(), "fastalex: the CPU kernels take CPU tensors");
+  STD_TORCH_CHECK(
+      input.dim() == 4 && weight.dim() == 4,
+      "fastalex: convolutions take input [N, C, H, W] and weight [K, C / groups, R, S]");
+  STD_TORCH_CHECK(dtype_code(input) == dtype_code(weight),
+                  "fastalex: input and weight differ in dtype");
+  return problem_of(dtype_of(input), input.sizes().data(), weight.sizes().data(), g);
+}
+
+ConstTensor view(const Tensor& tensor) {
+  const auto s = tensor.strides();
+  return {tensor.data_ptr(), {s[0], s[1], s[2], s[3]}};
+}
+
+conv::Tensor target(const Tensor& tensor) {
+  const auto s = tensor.strides();
+  return {tensor.mutable_data_ptr(), {s[0], s[1], s[2], s[3]}};
+}
+
+Tensor create_like(const Tensor& like, const int64_t (&sizes)[4]) {
+  return create(dtype_code(like), Sizes(sizes, 4), is_channels_last(like)).tensor;
+}
+
+Tensor create_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype_code(like),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The plan's weights, packed or kept from an earlier call.
+std::shared_ptr<const Buffer> pack(const Plan& plan, DType dtype, const Tensor& weight) {
+  uint64_t layout = plan.packed_key();
+  const ConstTensor from = view(weight);
+  const conv::Strides& s = from.strides;
+  for (int64_t value : {static_cast<int64_t>(dtype), s.n, s.c, s.h, s.w}) {
+    layout = (layout ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
+  }
+  return packed_weight(weight, layout, plan.packed_bytes(),
+                       [&](void* out) { plan.pack(from, out); });
+}
+
+Tensor conv_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, kGeometryNumbers);
+  const Problem problem = problem_of(input, weight, take_geometry(numbers));
+  std::optional<Tensor> bias_row;
+  if (bias) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->sizes()[0] == weight.sizes()[0] &&
+                        dtype_code(*bias) == dtype_code(input),
+                    "fastalex: bias is one value of the input's dtype for each output channel");
+    bias_row = torch::stable::contiguous(*bias);
+  }
+  const Tensor output = create_like(
+      input, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
+  if (problem.batch == 0) return output;
+  const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kForward);
+  const Tensor dense = dense_weight(weight);
+  const std::shared_ptr<const Buffer> packed = pack(*plan, problem.dtype, dense);
+  const ScratchLease scratch(plan->scratch_bytes());
+  plan->forward({view(input),
+                 view(dense),
+                 bias_row ? bias_row->data_ptr() : nullptr,
+                 packed->data(),
+                 target(output),
+                 scratch.data(),
+                 {}});
+  return output;
+}
+
+Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& output,
+                      const Tensor& input, const Tensor& weight) {
+  const Tensor result =
+      create_like(input, {problem.batch, problem.in_channels, problem.in_height, problem.in_width});
+  if (problem.batch == 0) return result;
+  const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kInputGradient);
+  const Tensor dense = dense_weight(weight);
+  const std::shared_ptr<const Buffer> packed = pack(*plan, problem.dtype, dense);
+  const ScratchLease scratch(plan->scratch_bytes());
+  plan->input_gradient(
+      {view(grad), view(output), view(dense), packed->data(), target(result), scratch.data()});
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const Tensor& output,
+                                                      const Tensor& input, const Tensor& weight,
+                                                      const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, kGeometryNumbers + 3);
+  const Problem problem = problem_of(input, weight, take_geometry(numbers));
+  const bool wants_input = numbers.integer() != 0, wants_weight = numbers.integer() != 0,
+             wants_bias = numbers.integer() != 0;
+  const int64_t expected[] = {problem.batch, problem.out_channels, problem.out_height(),
+                              problem.out_width()};
+  for (const Tensor* tensor : {&grad, &output}) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 4 &&
+                        std::equal(expected, expected + 4, tensor->sizes().begin()) &&
+                        dtype_code(*tensor) == dtype_code(input),
+                    "fastalex: gradient and output are the convolution's, in the input's dtype");
+  }
+  Tensor grad_input, grad_weight, grad_bias = create_vector(input, wants_bias ? expected[1] : 0);
+  grad_input =
+      wants_input ? input_gradient(problem, grad, output, input, weight) : create_vector(input, 0);
+  grad_weight = create_vector(input, 0);
+  if (wants_weight || wants_bias) {
+    const auto sizes = weight.sizes();
+    Tensor result = create_like(weight, {sizes[0], sizes[1], sizes[2], sizes[3]});
+    const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kWeightGradient);
+    const ScratchLease scratch(plan->scratch_bytes());
+    plan->weight_gradient({view(grad), view(output), view(input), target(result),
+                           wants_bias ? grad_bias.mutable_data_ptr() : nullptr, scratch.data()});
+    if (wants_weight) grad_weight = result;
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// What the engine would do, in words.
+std::string conv_plan(const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, 2 + 7 + kGeometryNumbers);
+  const auto pass = static_cast<Pass>(numbers.integer());
+  const auto dtype = static_cast<DType>(numbers.integer());
+  int64_t sizes[7];
+  for (int64_t& size : sizes) size = numbers.integer();
+  const Geometry geometry = take_geometry(numbers);
+  const int64_t weight[] = {sizes[4], sizes[1] / std::max<int64_t>(geometry.groups, 1), sizes[5],
+                            sizes[6]};
+  return plan_for(problem_of(dtype, sizes, weight, geometry), pass)->explain();
+}
+
+void set_conv_precision(int64_t level) { g_precision = static_cast<int>(level); }
+
+void force_conv_engine(int64_t engine, int64_t tile) {
+  g_engine = static_cast<int>(engine);
+  g_tile = static_cast<int>(tile);
+}
+
+}  // namespace
+}  // namespace fastalex::cpu
+
+// numbers, in this order: stride, padding and dilation, each height first, and groups.
+STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cpu, m) {
+  m.def("conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor numbers) -> Tensor");
+  // Then whether the gradients of input, weight and bias are wanted.
+  m.def(
+      "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, Tensor numbers) "
+      "-> (Tensor, Tensor, Tensor)");
+  // First the pass (forward, input gradient, weight gradient), the dtype, input [N, C, H, W],
+  // output channels, kernel.
+  m.def("conv_plan(Tensor numbers) -> str");
+  m.def("set_conv_precision(int level) -> ()");
+  m.def("force_conv_engine(int engine, int tile) -> ()");
+  m.def("release_packed(int address) -> ()");
+  m.def("packed_bytes() -> int");
+  m.def("packed_limit() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {
+  m.impl("conv_plan", TORCH_BOX(&fastalex::cpu::conv_plan));
+  m.impl("set_conv_precision", TORCH_BOX(&fastalex::cpu::set_conv_precision));
+  m.impl("force_conv_engine", TORCH_BOX(&fastalex::cpu::force_conv_engine));
+  m.impl("release_packed", TORCH_BOX(&fastalex::cpu::release_packed));
+  m.impl("packed_bytes", TORCH_BOX(&fastalex::cpu::packed_bytes));
+  m.impl("packed_limit", TORCH_BOX(&fastalex::cpu::packed_limit));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CPU, m) {
+  m.impl("conv_relu", TORCH_BOX(&fastalex::cpu::conv_relu));
+  m.impl("conv_relu_backward", TORCH_BOX(&fastalex::cpu::conv_relu_backward));
+}
