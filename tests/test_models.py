@@ -370,7 +370,7 @@ def test_dropconnect_drops_weights_in_training_alone():
     dropped = (gradient == 0).double().mean().item()
     # 4,096 draws of probability 1/4: five standard deviations of the mean.
     assert dropped == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / gradient.numel()) ** 0.5)
-    assert type(network.classifier.fc8) is nn.Linear
+    assert type(network.classifier.fc8) is ops.Linear
     network.eval()
     plain = alexnet("cifar10", hidden=64).eval()
     plain.load_state_dict(network.state_dict())

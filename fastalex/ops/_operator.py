@@ -17,6 +17,7 @@ LIBRARY = torch.library.Library("fastalex", "DEF")
 REGISTRY: dict[str, Operator] = {}
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # Bound once, because looking them up at every call costs as much as calling them.
 _compiling = torch.compiler.is_compiling
@@ -74,6 +75,12 @@ def needs_reference() -> bool:
 def _with_tuples(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The dispatcher makes lists of what kernels know as tuples."""
     return tuple(tuple(value) if isinstance(value, list) else value for value in args)
+
+
+def autocasting(input: Tensor) -> bool:
+    """Whether ``input`` is in an autocast region of its device."""
+    device = input.device.type
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 class Operator:
@@ -184,6 +191,25 @@ class Operator:
             return tuple(gradients)
 
         self.register_autograd(backward, setup)
+
+    def register_autocast(self, tensors: int) -> None:
+        """Casts the first ``tensors`` arguments as autocast does for its fast operators: float64 is left alone."""
+        for device in _AUTOCAST_DEVICES:
+            LIBRARY.impl(self.name, self._autocast(device, tensors), f"Autocast{device.upper()}")
+
+    def _autocast(self, device: str, tensors: int) -> Callable[..., Any]:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def cast(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            narrow = (
+                value.to(dtype) if value is not None and value.dtype != torch.float64 else value
+                for value in args[:tensors]
+            )
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return self.dispatch(*narrow, *args[tensors:])
+
+        return cast
 
     def register_vmap(self, batched: Sequence[int]) -> None:
         """Under vmap, folds the mapped dimension of the arguments ``batched`` into their batch.
