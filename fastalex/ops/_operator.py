@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex import _tuning, reference
+from fastalex import _onnx, _tuning, reference
 from fastalex.backends import KernelTable, forced
 
 LIBRARY = torch.library.Library("fastalex", "DEF")
@@ -109,6 +109,8 @@ class Operator:
         go past both, to the kernel or to the same formula as a :class:`torch.autograd.Function`.
         """
         if _is_observed():
+            if _onnx.exporting():
+                return _onnx.FORMS.get(self.name, self._reference)(*args)
             return (self._reference if needs_reference() else self.dispatch)(*args)
         wants_grad = False
         for tensor in args[: self._tensors]:
