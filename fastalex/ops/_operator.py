@@ -63,8 +63,8 @@ def gradients_may_follow(input: Tensor) -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether forward-mode or torch.func derivatives are taken: torch.library operators have none."""
-    if _forward_ad._current_level >= 0:
+    """Whether forward-mode or torch.func derivatives are taken, or ONNX is written: these operators have neither."""
+    if _onnx.exporting() or _forward_ad._current_level >= 0:
         return True
     if _compiling() or _transforms() is None:
         return False
