@@ -233,6 +233,11 @@ def outputs_first(tile: ConvTile, arch: str) -> bool:
     return tile.n2 == 0 and tile.n >= 64 and not arch.startswith("sm_10")
 
 
+def weight_gradient_table(last: bool, arch: str) -> list[ConvTile]:
+    """The table but for what an architecture can't hold: two accumulators on sm_8x take 255 registers."""
+    return [t for t in CONV_WEIGHT_GRADIENT[last] if not (t.n2 and arch.startswith("sm_8"))]
+
+
 def weight_gradient_tiles(
     conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
 ) -> list[ConvTile]:
@@ -240,13 +245,8 @@ def weight_gradient_tiles(
     if dtype == torch.float32 and precision == "ieee":
         tiles = [replace(IEEE_TILE, m=16, n=32, k=32)]
     else:
-        tiles = [
-            replace(t, m=t.m // 2) if dtype == torch.float32 else t
-            for t in CONV_WEIGHT_GRADIENT[last]
-        ]
-        # two accumulators there: 255 registers, and x no longer copied asynchronously
-        if arch.startswith("sm_8"):
-            tiles = [t for t in tiles if not t.n2]
+        table = weight_gradient_table(last, arch)
+        tiles = [replace(t, m=t.m // 2) if dtype == torch.float32 else t for t in table]
     split = [
         replace(t, split=weight_gradient_split(t, conv, batch))
         for t in tiles

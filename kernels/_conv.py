@@ -111,6 +111,15 @@ def float32_precision() -> str:
     return "tf32" if told == "tf32" else "ieee"
 
 
+def packed_products(conv: Conv, scheme: str, bk: int) -> tuple[int, int]:
+    """(products walked in whole blocks of bk, all of them with the padding the last block or the rows' tail takes)."""
+    if scheme != "rows":
+        return conv.products, -(-conv.products // bk) * bk
+    body = conv.r * (conv.s * conv.inputs // bk * bk)
+    rest = conv.products - body
+    return body, body + (max(1 << (rest - 1).bit_length(), 16) if rest else 0)
+
+
 def forward_scheme(conv: Conv, s: Strides, itemsize: int) -> str:
     """How the forward kernel walks K; the wasted products of each are in conv_relu.py."""
     if s.channel != 1:

@@ -5,6 +5,12 @@
     gw[o, (r, s, c)]  = sum over pixels    dz[pixel, o] x[S pixel - P + D (r, s), c]
     gb[o]             = sum over pixels    dz[pixel, o]                  in the same pass
 
+FLOPs are the forward's for each of gx and gw. Compulsory bytes: dz and w read, gx written; dz and x
+read, gw and gb written. K is taps times output channels for gx and pixels for gw. Padding of their
+products at batch 128: conv2 0 and 6.7 %, conv3 0 and 0, conv4 0 and 0, conv5 0 and 3.7; conv1 23 % of gw
+(eleven rows of 33 values, 36 apart, in tiles of 64) and 473 % of gx (3 channels in tiles of 16), which
+training never asks for.
+
 Masking inside the products would copy y beside g in every tile (40 to 73 % more copies), so dz is
 made once: by whoever makes g where that is one of these kernels (mask_grad_input here, relu of
 lrn_max_pool_backward), else in one pass of its own. A stride is taken by phases: the input pixels
@@ -29,7 +35,8 @@ from ._configs import (
     weight_gradient_tiles,
 )
 from ._conv import Conv, float32_precision, geometry, refuse_conv
-from ._conv_gradients import conv_input_gradient, conv_weight_gradient, mask_gradient, sum_parts
+from ._conv_input_gradient import conv_input_gradient, mask_gradient
+from ._conv_weight_gradient import conv_weight_gradient, sum_parts
 from ._refuse import refuse_four_axes, refuse_tensors
 
 BLOCK = 1024

@@ -2,8 +2,10 @@
 
 Equals max_pool(lrn(x)) bit for bit, as the normalised value is rounded to x's type before
 comparing. Forward reads x once and writes y and one offset byte an output; backward reads x, the
-gradient and the offsets, recomputes the normalisation and writes the gradient of x. The kernels are
-in _pool.py.
+gradient and the offsets, recomputes the normalisation and writes the gradient of x. FLOPs are
+the pool's and LRN's, those of the forward pass 1 + 1 / (ROWS stride) times down, as the first row a lane
+walks isn't shared, and KW / stride times across. No lane is padding but the last block's. The kernels
+are in _pool.py and _pool_backward.py.
 """
 
 from __future__ import annotations

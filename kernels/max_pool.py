@@ -2,7 +2,9 @@
 an output.
 
 The offset of a window's winner is kh * KW + kw: one byte up to 256 taps where torch keeps eight.
-With save_offsets=False none is computed. The kernels are in _pool.py and _pool_backward.py.
+With save_offsets=False none is computed. KH KW - 1 comparisons an output; backward
+reads g and the offsets once, writes gx once and adds each gradient once. VEC divides C: no lane is
+padding but the last block's. The kernels are in _pool.py and _pool_backward.py.
 """
 
 from __future__ import annotations

@@ -7,13 +7,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastalex.kernels.conv_relu import conv_relu
+from fastalex.kernels.conv_relu import candidates_conv_relu, conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.linear_relu import linear_relu, linear_relu_backward
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
-from fastalex.kernels.max_pool import max_pool
+from fastalex.kernels.max_pool import max_pool, max_pool_backward
 
+import fastalex
+from fastalex import _tuning
 from tests.support import triton_oracle as oracle
+from tests.support.triton_tables import (
+    CONV_CASES,
+    FUSED_CASES,
+    LINEAR_CASES,
+    LRN_CASES,
+    POOL_CASES,
+)
 from tests.support.triton_tolerance import FUNCTIONS, assert_within
 
 pytestmark = [
@@ -78,15 +88,136 @@ def test_convolution(shape, outputs, kernel, stride, padding, groups, dtype, las
         assert_within(result.cpu(), want.cpu(), count, most.cpu())
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_interpreters_table_of_normalisation_and_pooling(dtype, last):
+    for shape, size, beta, k, groups in LRN_CASES:
+        x, norm = on_gpu(shape, dtype, last), (size, 0.3, beta, k, groups)
+        y = lrn(x, *norm)
+        assert_within(y.cpu(), oracle.lrn(x.double(), *norm).cpu(), size + FUNCTIONS)
+        gx = lrn_backward(y, x, *norm)
+        (expected,) = oracle.gradients(lambda a, norm=norm: oracle.lrn(a, *norm), y, x)
+        magnitude = oracle.lrn_gradient_magnitude(x, y, *norm)
+        assert_within(gx.cpu(), expected.cpu(), 2 * size + 2 * FUNCTIONS, magnitude.cpu())
+    for shape, *window, ceil_mode in POOL_CASES:
+        x = on_gpu(shape, dtype, last).mul(2).round()  # ties
+        y, taps = max_pool(x, *window, ceil_mode, True)
+        expected, wanted = oracle.max_pool(x.contiguous(), *window, ceil_mode)
+        assert torch.equal(y, expected)
+        assert torch.equal(taps.long(), wanted)
+        gx = max_pool_backward(y, taps, shape[2:], *window)
+        assert torch.equal(gx, max_pool_backward(y, taps, shape[2:], *window))
+        (expected,) = oracle.gradients(
+            lambda a, w=window, c=ceil_mode: oracle.max_pool(a, *w, c)[0], y, x
+        )
+        most = expected.abs().max().expand_as(expected)
+        assert_within(gx.cpu(), expected.cpu(), window[0][0] * window[0][1], most.cpu())
+    for shape, norm, *window, ceil_mode in FUSED_CASES:
+        x = on_gpu(shape, dtype, last)
+        fused, offsets = lrn_max_pool(x, *norm, *window, ceil_mode, True)
+        pair, taps = max_pool(lrn(x, *norm), *window, ONE, ceil_mode, True)
+        assert torch.equal(fused, pair)
+        assert torch.equal(offsets, taps)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_interpreters_table_of_convolutions(dtype, last):
+    """Every tile that can be chosen: eight-warp ones have been miscompiled elsewhere."""
+    for shape, outputs, kernel, stride, padding, dilation, groups, _ in CONV_CASES:
+        x = on_gpu(shape, dtype, last)
+        weight = on_gpu((outputs, shape[1] // groups, *kernel), dtype, last)
+        call = (x, weight, None, stride, padding, dilation, groups)
+        expected = oracle.conv_relu(x.double(), weight.double(), *call[2:])
+        magnitude = oracle.conv_relu(x.double().abs(), weight.double().abs(), *call[2:])
+        # a float32 product in TF32 keeps ten bits of each factor
+        summands = weight[0].numel() * (2**13 if dtype == torch.float32 else 1)
+        for tile in candidates_conv_relu(*call)["tile"]:
+            y = conv_relu(*call, tile=tile)
+            assert_within(y.cpu(), expected.cpu(), summands + 2, magnitude.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_linear(case, dtype):
+    rows, inputs, outputs = case
+    x = torch.randn(*rows, inputs, device="cuda").to(dtype)
+    weight = torch.randn(outputs, inputs, device="cuda").to(dtype)
+    y = linear_relu(x, weight, None, False, precision="ieee")
+    expected, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert_within(y.cpu(), expected.cpu(), inputs + 2, magnitude.cpu())
+    gx, gw, gb = linear_relu_backward(y, None, x, weight, (True,) * 3, precision="ieee")
+    flat = y.double().flatten(0, -2)
+    most = flat.abs() @ weight.double().abs()
+    found = gx.flatten(0, -2)
+    assert_within(found.cpu(), (flat @ weight.double()).cpu(), outputs, most.cpu())
+    most = flat.abs().T @ x.double().abs().flatten(0, -2)
+    wanted = flat.T @ x.double().flatten(0, -2)
+    assert_within(gw.cpu(), wanted.cpu(), flat.shape[0], most.cpu())
+    assert_within(gb.cpu(), flat.sum(0).cpu(), flat.shape[0], flat.abs().sum(0).cpu())
+
+
+def small_network():
+    return torch.nn.Sequential(
+        fastalex.ops.Conv2dReLU(8, 64, 3, padding=1),
+        fastalex.ops.LRNMaxPool2d(5, kernel_size=3, stride=2),
+        fastalex.ops.Conv2dReLU(64, 32, 3),
+        fastalex.ops.MaxPool2d(3, 2),
+    ).to("cuda", torch.float16, memory_format=torch.channels_last)
+
+
+def step(model, x):
+    y = model(x)
+    return [y, *torch.autograd.grad(y.sum(), list(model.parameters()))]
+
+
 def test_a_graph_replays_what_it_captured():
-    x = on_gpu((2, 96, 55, 55), torch.float16, True)
-    lrn_max_pool(x, *NORM, *WINDOW, False, False)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, _ = lrn_max_pool(x, *NORM, *WINDOW, False, False)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    assert torch.equal(y, lrn_max_pool(x, *NORM, *WINDOW, False, False)[0])
+    """Forward and backward: no launch, allocation or copy escapes the capture."""
+    model, x = small_network(), on_gpu((2, 8, 19, 19), torch.float16, True)
+    with fastalex.use_backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(model, x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(model, x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        for ours, again in zip(captured, step(model, x), strict=True):
+            assert torch.equal(ours, again)
+
+
+def test_launches_join_the_current_stream():
+    """A long kernel before, on the same side stream, is waited for."""
+    x = torch.zeros(4, 96, 55, 55, device="cuda", dtype=torch.float16)
+    expected = lrn(torch.ones_like(x), *NORM)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        x.fill_(1)
+        y = lrn(x, *NORM)
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_a_compiled_network_gives_the_eager_one_bit_for_bit():
+    model, x = small_network(), on_gpu((2, 8, 19, 19), torch.float16, True)
+    with fastalex.use_backend("triton"):
+        eager = step(model, x)
+        compiled = step(torch.compile(model, fullgraph=True), x)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_the_choice_is_never_slower_than_what_it_was_measured_against(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path))
+    _tuning.forget()
+    found = fastalex.tune(small_network(), on_gpu((2, 8, 19, 19), torch.float16, True))
+    _tuning.forget()
+    assert found
+    assert all(line.milliseconds <= line.stock_milliseconds for line in found)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is visible")

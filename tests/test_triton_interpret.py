@@ -9,6 +9,7 @@ import torch
 
 from tests.support import triton_oracle as oracle
 from tests.support.triton_inputs import LAYOUTS, like, placed, random
+from tests.support.triton_tables import FUSED_CASES, LRN_CASES, POOL_CASES
 from tests.support.triton_tolerance import FUNCTIONS, assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -69,19 +70,6 @@ def test_bfloat16_rounds_ties_and_subnormals_as_torch():
         rounded[(1,)](x, y, 65536)
         number = ~x.isnan()
         assert torch.equal(y[number].view(torch.int16), x.to(BF16)[number].view(torch.int16))
-
-
-# shape, size, beta, k, groups: each names what only it has
-LRN_CASES = [
-    ((2, 16, 5, 7), 5, 0.75, 2.0, 2),  # towers of one or two vectors, a partial block
-    ((1, 6, 3, 5), 4, 0.5, 1.0, 1),  # an even window; a vector of two channels
-    ((1, 3, 4, 4), 9, 0.6, 1.0, 1),  # a window wider than the channels; a vector of one
-    ((1, 32, 2, 3), 20, 1.0, 1.0, 2),  # a window of several vectors
-    ((2, 5, 3, 3), 1, 0.0, 1.0, 1),
-    ((1, 48, 3, 3), 2, 0.75, 0.0, 1),  # k = 0: channels outside the group must not divide by zero
-    ((1, 80, 3, 3), 40, 0.75, 2.0, 2),  # too wide to unroll
-    ((1, 40, 1, 1), 80, 0.75, 0.0, 1),
-]
 
 
 def check_lrn(x, grad, size, scale, beta, k, groups):
@@ -156,18 +144,6 @@ def test_lrn_spreads_nan_and_infinity_as_torch():
             )
 
 
-# shape, kernel, stride, padding, dilation, ceil_mode
-POOL_CASES = [
-    ((2, 16, 11, 9), (3, 3), (2, 2), (0, 0), ONE, False),  # the network's window: rows are shared
-    ((1, 8, 10, 9), (3, 2), (2, 1), (1, 1), ONE, True),
-    ((1, 3, 9, 12), (2, 3), (1, 2), (1, 0), (2, 3), False),  # dilated: backward goes pixel by pixel
-    ((1, 2, 6, 10), (5, 9), (3, 2), (2, 4), ONE, True),  # taller and wider than is unrolled
-    ((1, 4, 7, 7), (3, 3), (3, 3), (1, 1), ONE, True),  # windows that don't overlap
-    ((1, 4, 7, 7), (2, 2), (5, 5), (1, 1), ONE, True),  # pixels that no window covers
-    ((1, 4, 6, 6), (4, 4), (1, 1), (2, 2), ONE, False),  # three rows shared
-]
-
-
 def tied(shape, dtype, layout):
     """Small integers, hence ties, with NaN and windows of nothing but -inf."""
     generator = torch.Generator().manual_seed(0)
@@ -233,15 +209,6 @@ def test_max_pool_reads_every_layout_in_place(layout):
     )
     assert_within(gx, wanted, 9, wanted.abs() + 4)
     assert gx.stride() == like(gx, x).stride()
-
-
-# shape, LRN arguments, kernel, stride, padding, ceil_mode
-FUSED_CASES = [
-    ((1, 16, 7, 9), (5, 0.3, 0.75, 2.0, 2), (3, 3), (2, 2), (0, 0), False),
-    ((2, 6, 6, 7), (4, 0.3, 0.6, 1.0, 1), (3, 2), (2, 1), (1, 1), True),
-    ((1, 3, 8, 9), (9, 0.3, 0.75, 1.0, 1), (2, 2), (3, 3), (0, 1), False),
-    ((1, 80, 3, 3), (40, 0.3, 0.75, 1.0, 1), (3, 3), (2, 2), (1, 1), False),
-]
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from tests.support import triton_oracle as oracle
 from tests.support.triton_inputs import LAYOUTS, like, placed, random
+from tests.support.triton_tables import CONV_CASES as CASES
+from tests.support.triton_tables import LINEAR_CASES
 from tests.support.triton_tolerance import assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -39,71 +41,6 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-# input shape, output channels, kernel, stride, padding, dilation, groups, the scheme of NHWC
-# float16
-CASES = [
-    (
-        (1, 3, 23, 43),
-        24,
-        (11, 11),
-        (4, 4),
-        (0, 0),
-        ONE,
-        1,
-        "rows",
-    ),  # conv1: a body and a tail, all inside
-    (
-        (1, 4, 9, 24),
-        5,
-        (2, 9),
-        (4, 2),
-        (1, 4),
-        (3, 1),
-        1,
-        "rows",
-    ),  # padded; a stride that skips input rows
-    (
-        (1, 24, 9, 8),
-        40,
-        (3, 5),
-        (1, 1),
-        (1, 2),
-        ONE,
-        2,
-        "flat",
-    ),  # conv2: towers, K not a multiple of a block
-    (
-        (2, 5, 9, 8),
-        7,
-        (3, 3),
-        (1, 2),
-        (1, 2),
-        (2, 1),
-        1,
-        "flat",
-    ),  # channels of no alignment, dilated
-    (
-        (2, 3, 9, 8),
-        3,
-        (1, 1),
-        (3, 2),
-        (0, 0),
-        ONE,
-        3,
-        "flat",
-    ),  # depthwise, strided pixels without a tap
-    (
-        (1, 64, 9, 8),
-        24,
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        ONE,
-        1,
-        "taps",
-    ),  # conv3: more than one tile of pixels
-    ((1, 128, 7, 6), 20, (3, 2), (2, 1), (1, 0), (2, 3), 2, "taps"),
-]
 # what costs the interpreter least, not a GPU: large tiles, and the pixels in two parts
 FEW_PROGRAMS = configs.ConvTile(128, 64, 0, 64, 8, 3), configs.ConvTile(64, 64, 0, 128, 8, 3, 2)
 HALF_AND_SINGLE = [BF16, pytest.param(F32, marks=pytest.mark.slow)]
@@ -297,12 +234,6 @@ def test_ieee_gradients():
     case = CASES[3]
     x, weight, _ = tensors(case, F32, "nhwc")
     check_backward(x, weight, *case[3:7], precision="ieee")
-
-
-LINEAR_CASES = [  # rows, inputs, outputs
-    ((2, 3), 128, 24),  # "taps"; a partial tile of rows and of outputs
-    ((70,), 37, 20),  # "flat", unaligned; more than one tile of rows
-]
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "plain"])

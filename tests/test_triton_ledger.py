@@ -69,28 +69,70 @@ def test_compiles_as_recorded(case, arch):
     assert not problems, "; ".join(problems)
 
 
-def test_a_regression_is_named():
-    before = {
-        "spills": 0,
-        "occupancy": 0.5,
-        "mma": {"HGMMA": 8},
-        "loads": {},
-        "async_loads": {"16": 24},
-        "stores": {"16": 8},
-        "instructions": 1000,
-        "inner_loops": [200],
-    }
-    assert static_ledger.regressions(before, before) == []
-    worse = {
-        "spills": 2,
-        "occupancy": 0.25,
-        "mma": {},
-        "loads": {"2": 24},
-        "async_loads": {},
-        "stores": {"4": 32},
-        "instructions": 1100,
-        "inner_loops": [260],
-    }
-    for key, value in worse.items():
-        problems = static_ledger.regressions(before, {**before, key: value})
-        assert problems, key
+GOOD = {
+    "spills": 0,
+    "occupancy": 0.5,
+    "mma": {"HGMMA": 40},
+    "loads": {"16": 24},
+    "async_loads": {"16": 24},
+    "stores": {"16": 8},
+    "instructions": 1000,
+    "inner_loops": [200],
+}
+BAD = {  # what is planted: what the ledger's test must then say
+    "any spill": ({"spills": 2}, "2 spills"),
+    "an occupancy step lost": ({"occupancy": 0.375}, "occupancy 0.5 -> 0.375"),
+    "no matrix instructions": ({"mma": {}}, "matrix instructions"),
+    "5 % more of them": ({"mma": {"HGMMA": 43}}, "matrix instructions"),
+    "narrower loads": ({"loads": {"16": 23, "2": 1}}, "narrower loads"),
+    "narrower copies": ({"async_loads": {"4": 24}}, "narrower async_loads"),
+    "narrower stores": ({"stores": {"4": 8}}, "narrower stores"),
+    "synchronous loads": ({"async_loads": {}, "loads": {"16": 48}}, "no longer asynchronous"),
+    "5 % more instructions": ({"instructions": 1051}, "instructions 1000 -> 1051"),
+    "5 % fewer instructions": ({"instructions": 949}, "instructions 1000 -> 949"),
+    "a longer inner loop": ({"inner_loops": [211]}, "inner loops"),
+}
+
+
+@pytest.mark.parametrize("planted", BAD)
+def test_a_regression_is_named(planted):
+    assert static_ledger.regressions(GOOD, GOOD) == []
+    change, words = BAD[planted]
+    assert words in "; ".join(static_ledger.regressions(GOOD, {**GOOD, **change}))
+
+
+def test_a_regression_fails_the_test_of_its_entry(monkeypatch):
+    """Through the test itself: the entry of a kernel that compiles as it did, but for one planted fact."""
+    name = next(n for n, (case, arch) in NAMES.items() if case.quick and arch == QUICK_ARCH)
+    case, arch = NAMES[name]
+    monkeypatch.setattr(triton_ledger, "measure", lambda case, arch: LEDGER[name])
+    test_compiles_as_recorded(case, arch)
+    for fact, worse in (("spills", 1), ("occupancy", 0.0), ("instructions", 10**6)):
+        changed = {**LEDGER[name], fact: worse}
+        monkeypatch.setattr(triton_ledger, "measure", lambda case, arch, facts=changed: facts)
+        with pytest.raises(AssertionError, match=r"spills|occupancy|instructions"):
+            test_compiles_as_recorded(case, arch)
+
+
+def test_amd_assembly_is_read():
+    facts = static_ledger.amd_facts(ASSEMBLY, threads=256, shared=32 << 10)
+    assert facts["occupancy"] == 0.25  # 32 KB a block of four wavefronts: two blocks
+    assert facts["mma"] == {"v_mfma_f32_32x32x8_f16": 1}
+    assert (facts["loads"], facts["stores"]) == ({"16": 1, "2": 1}, {"8": 1})
+    assert facts["inner_loops"] == [3]
+    assert facts["spills"] == 1
+
+
+ASSEMBLY = """
+kernel:
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+.LBB0_1:
+\tv_mfma_f32_32x32x8_f16 a[0:15], v[0:1], v[2:3], a[0:15]
+\tbuffer_load_ushort v5, v6, s[0:3], 0 offen
+\ts_cbranch_scc1 .LBB0_1
+\tglobal_store_dwordx2 v4, v[0:1], s[0:1]
+    .agpr_count:     16
+    .sgpr_spill_count: 0
+    .vgpr_count:     64
+    .vgpr_spill_count: 1
+"""

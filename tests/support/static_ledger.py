@@ -222,18 +222,50 @@ def amd_facts(assembly: str, threads: int, shared: int) -> dict:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
-    ops = re.findall(r"^\s+([a-z][a-z0-9_]+)\s", assembly, re.M)
+    code = amd_instructions(assembly)
+    ops = [op for op, _ in code if op != "label"]
+    warps, registers = -(-threads // 64), field("vgpr_count")  # AGPRs are counted in
     return {
-        "registers": field("vgpr_count"),
+        "registers": registers,
         "accumulators": field("agpr_count"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         "shared": shared,
-        "warps": -(-threads // 64),
+        "warps": warps,
+        "occupancy": amd_occupancy(warps, registers, shared),
         "mma": tally(op for op in ops if op.startswith("v_mfma")),
-        "loads": tally(op for op in ops if re.match(r"(global|buffer|flat)_load", op)),
-        "stores": tally(op for op in ops if re.match(r"(global|buffer|flat)_store", op)),
+        "loads": amd_widths(ops, "load"),
+        "stores": amd_widths(ops, "store"),
         "instructions": len(ops),
+        "inner_loops": [len(body) for body in inner_loops(code)],
     }
+
+
+def amd_instructions(assembly: str) -> list[tuple[str, str]]:
+    """As `instructions`, a branch being named BRA."""
+    code = []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            code.append(("label", label[1]))
+        elif op := re.match(r"\s+([a-z][a-z0-9_]+)\s*([^;]*)", line):
+            branch = re.match(r"s_c?branch", op[1])
+            code.append(("BRA" if branch else op[1], op[2]))
+    return code
+
+
+AMD_WIDTHS = {"x4": 16, "x3": 12, "x2": 8, "dword": 4, "short": 2, "byte": 1}
+
+
+def amd_widths(ops: list[str], kind: str) -> dict[str, int]:
+    """{bytes a lane: how many instructions} of global loads or stores."""
+    accesses = [op for op in ops if re.match(rf"(global|buffer|flat)_{kind}_", op)]
+    return tally(str(next(n for part, n in AMD_WIDTHS.items() if part in op)) for op in accesses)
+
+
+def amd_occupancy(warps: int, registers: int, shared: int) -> float:
+    """Resident wavefronts over possible ones on gfx942: four SIMDs of 8, 512 registers each, 64 KB a CU."""
+    a_simd = min(8, 512 // max(-(-registers // 8) * 8, 8))
+    by_shared = (64 << 10) // shared if shared else 32
+    return round(min(4 * a_simd // warps, by_shared) * warps / 32, 3)
 
 
 def regressions(recorded: dict, found: dict) -> list[str]:

@@ -16,6 +16,7 @@ class Launched:
 
     kernel: str
     arguments: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 @contextlib.contextmanager
@@ -25,7 +26,8 @@ def recording() -> Iterator[list[Launched]]:
 
     def run(self, *arguments, grid, warmup, **options):
         names = (parameter.name for parameter in self.params)
-        launched.append(Launched(self.__name__, dict(zip(names, arguments, strict=True))))
+        call = dict(zip(names, arguments, strict=True))
+        launched.append(Launched(self.__name__, call, tuple(grid)))
 
     before = JITFunction.run
     JITFunction.run = run
