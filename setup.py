@@ -32,7 +32,16 @@ CPU_KERNELS = (
     *(f"conv/kernels/{path.stem}" for path in sorted(CPU.glob("conv/kernels/*.cpp"))),
 )
 CPU_HOST = (
-    *("activation", "buffer", "library", "packed", "register", "register_conv", "linear"),
+    *(
+        "activation",
+        "buffer",
+        "library",
+        "packed",
+        "register",
+        "register_conv",
+        "register_linear",
+        "linear",
+    ),
     *(f"conv/{path.stem}" for path in sorted(CPU.glob("conv/*.cpp"))),
 )
 ISA_FLAGS = {

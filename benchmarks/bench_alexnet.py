@@ -16,7 +16,8 @@ from fastalex import costs
 from fastalex.models import AlexNet, alexnet
 
 NORM = (5, 1e-4 / 5, 0.75, 2.0, 2)  # size, scale, beta, k, groups, as the operator has them
-HIDDEN = ((9216, 4096), (4096, 4096), (4096, 1000))
+CLASSES = 1000
+HIDDEN = ((9216, 4096), (4096, 4096), (4096, CLASSES))
 PARAMETERS = 60_965_224
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
@@ -99,10 +100,11 @@ def inference_costs(batch: int, dtype: torch.dtype, saves: bool = False) -> Iter
         elif name == "conv5":
             yield costs.max_pool(output, *bench_max_pool.GEOMETRY, False, saves)
     for inputs, outputs in HIDDEN:
-        yield costs.linear(
+        yield costs.linear_relu(
             _empty(batch, inputs, dtype=dtype),
             _empty(outputs, inputs, dtype=dtype),
             _empty(outputs, dtype=dtype),
+            outputs != CLASSES,
         )
 
 
@@ -124,8 +126,9 @@ def training_costs(batch: int, dtype: torch.dtype) -> Iterator[costs.Cost]:
             yield costs.max_pool_backward(grad, offsets, (13, 13), *bench_max_pool.GEOMETRY)
     for inputs, outputs in HIDDEN:
         grad, weight = _empty(batch, outputs, dtype=dtype), _empty(outputs, inputs, dtype=dtype)
-        yield costs.linear(grad, weight.T, None)
-        yield costs.linear(grad.T, _empty(inputs, batch, dtype=dtype), None)
+        output = grad if outputs != CLASSES else None
+        input = _empty(batch, inputs, dtype=dtype)
+        yield costs.linear_relu_backward(grad, output, input, weight, (True, True, True))
     yield costs.sgd_step([_empty(PARAMETERS, dtype=torch.float32)])
 
 

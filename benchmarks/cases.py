@@ -71,12 +71,20 @@ def all_cases() -> list[Case]:
     from benchmarks import (
         bench_alexnet,
         bench_conv_relu,
+        bench_linear_relu,
         bench_lrn,
         bench_lrn_max_pool,
         bench_max_pool,
     )
 
-    modules = (bench_alexnet, bench_lrn, bench_max_pool, bench_lrn_max_pool, bench_conv_relu)
+    modules = (
+        bench_alexnet,
+        bench_lrn,
+        bench_max_pool,
+        bench_lrn_max_pool,
+        bench_conv_relu,
+        bench_linear_relu,
+    )
     cases = [case for module in modules for case in module.cases()]
     return sorted(cases, key=lambda case: case.name.startswith("overhead/"))
 

@@ -1,6 +1,7 @@
 """The CPU convolution engine by itself: against oneDNN, against its own alternatives, accuracy.
 
-    python benchmarks/conv_engine.py layers [--isa avx2]  # AlexNet: forward, gradients, linear
+    python benchmarks/conv_engine.py layers [--isa avx2]  # AlexNet: forward, gradients
+    python benchmarks/conv_engine.py linear    # its fully connected layers, forward and backward
     python benchmarks/conv_engine.py picks     # the cost model's pick and every alternative
     python benchmarks/conv_engine.py accuracy  # error of every tile against float64
 
@@ -118,9 +119,13 @@ def layers(isa: str) -> None:
         if name != "conv1":
             gradient_layer(name, shape, isa, "input_gradient")
         gradient_layer(name, shape, isa, "weight_gradient")
+
+
+def linears(isa: str) -> None:
     sizes = ((9216, 4096), (4096, 4096), (4096, 1000))
-    for rows, (inputs, outputs) in itertools.product((1, 32), sizes):
-        linear(isa, rows, inputs, outputs)
+    dtypes = (torch.float32, torch.bfloat16)
+    for rows, (inputs, outputs), dtype in itertools.product((1, 32, 128), sizes, dtypes):
+        linear(isa, rows, inputs, outputs, dtype)
 
 
 def forward_layer(name: str, shape: Shape, isa: str) -> None:
@@ -158,19 +163,40 @@ def gradient_layer(name: str, shape: Shape, isa: str, direction: str) -> None:
     report(name, direction, interleave({"engine": engine, "oneDNN": timed(stock)}, 5), plan)
 
 
-def linear(isa: str, rows: int, inputs: int, outputs: int) -> None:
-    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    plan, out = LinearPlan(rows, inputs, outputs, isa=isa), torch.empty(rows, outputs)
-    plan.pack(weight)
-    stock = timed(lambda: torch.nn.functional.linear(x, weight, bias).relu())
-    result = interleave({"engine": lambda: plan.forward(x, bias, out), "oneDNN": stock}, 7)
-    rate = weight.numel() * 4 / result["engine"] / 1e6
-    print(
-        f"linear {rows}x{inputs}x{outputs}: engine {result['engine']:.2f} ms "
-        f"({rate:.0f} GB/s of weights), "
-        f"torch {result['oneDNN']:.2f} ms, ratio {result['engine'] / result['oneDNN']:.2f}",
-        flush=True,
-    )
+def linear(isa: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Forward, and all three gradients, against torch's own."""
+    tensors = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    x, weight, bias = (tensor.to(dtype) for tensor in tensors)
+    plan = LinearPlan(rows, inputs, outputs, isa=isa, dtype=dtype)
+    out, grad = torch.empty(rows, outputs, dtype=dtype), torch.randn(rows, outputs).to(dtype)
+    results = tuple(torch.empty_like(tensor) for tensor in (x, weight, bias))
+    masked = torch.empty_like(grad)
+
+    def stock_backward() -> None:
+        torch.mul(grad, out > 0, out=masked)
+        torch.mm(masked, weight, out=results[0])
+        torch.mm(masked.t(), x, out=results[1])
+        torch.sum(masked, 0, out=results[2])
+
+    pairs = {
+        "forward": (
+            lambda: plan.forward(x, weight, bias, out),
+            timed(lambda: torch.nn.functional.linear(x, weight, bias).relu_()),
+        ),
+        "backward": (
+            lambda: plan.backward(grad, out, x, weight, results),
+            timed(stock_backward),
+        ),
+    }
+    for direction, (engine, stock) in pairs.items():
+        result = interleave({"engine": engine, "torch": stock}, 9)
+        rate = weight.nbytes / result["engine"] / 1e6
+        print(
+            f"linear {str(dtype)[6:]} {rows}x{inputs}x{outputs} {direction}: "
+            f"engine {result['engine']:.2f} ms ({rate:.0f} GB/s of weights), "
+            f"torch {result['torch']:.2f} ms, ratio {result['engine'] / result['torch']:.2f}",
+            flush=True,
+        )
 
 
 def report(name: str, direction: str, result: dict[str, float], plan: Plan) -> None:
@@ -235,13 +261,21 @@ def accuracy(isa: str) -> None:
         print(f"F({tile}, {taps})   {norm.item():15.1e}{largest.item():26.1e}", flush=True)
 
 
+COMMANDS = {
+    "layers": layers,
+    "linear": linears,
+    "picks": compare_picks,
+    "accuracy": accuracy,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["layers", "picks", "accuracy"])
+    parser.add_argument("what", choices=list(COMMANDS))
     parser.add_argument("--isa", choices=available_isas(), default=available_isas()[-1])
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    {"layers": layers, "picks": compare_picks, "accuracy": accuracy}[arguments.what](arguments.isa)
+    COMMANDS[arguments.what](arguments.isa)
 
 
 if __name__ == "__main__":

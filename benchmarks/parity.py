@@ -22,12 +22,14 @@ from torch import Tensor
 from benchmarks import (
     bench_alexnet,
     bench_conv_relu,
+    bench_linear_relu,
     bench_lrn,
     bench_lrn_max_pool,
     bench_max_pool,
     photos,
 )
 from benchmarks.cases import Case
+from fastalex import ops
 
 PHOTOGRAPHS = 2
 EPS_ALLOWED = 1  # twice what one rounding can do
@@ -106,7 +108,8 @@ def check_function(
 ) -> Iterator[Check]:
     input, *weights = tensors
     oracle = run_function(stock, [tensor.double() for tensor in tensors])
-    layouts = [[input.contiguous(memory_format=layout), *weights] for layout in LAYOUTS]
+    formats = LAYOUTS if input.dim() == 4 else LAYOUTS[:1]
+    layouts = [[input.contiguous(memory_format=layout), *weights] for layout in formats]
     roundings = list(layouts)
     if rounds_before_routing and input.dtype is torch.float32:
         roundings.append([nudged(input), *weights])
@@ -121,12 +124,16 @@ def check_function(
 
 @functools.cache
 def activations(device: torch.device) -> dict[str, Tensor]:
-    """Every feature layer's input in the stock network, float32, on photographs."""
+    """Every layer's input in the stock network, float32, on photographs."""
     net = bench_alexnet.network(False, device).eval()
     value = photos.batch(PHOTOGRAPHS).to(device)
     inputs = {}
     with torch.no_grad():
         for name, module in net.features.named_children():
+            inputs[name] = value
+            value = module(value)
+        value = value.flatten(1)
+        for name, module in net.classifier.named_children():
             inputs[name] = value
             value = module(value)
     return inputs
@@ -158,6 +165,17 @@ def check_conv_relu(dtype: torch.dtype, device: torch.device) -> Iterator[Check]
         tensors = [tensor.to(dtype) for tensor in tensors]
         yield from check_function(
             f"conv_relu {name}", operation.stock, operation.fused, tensors, True
+        )
+
+
+def check_linear_relu(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    state = bench_alexnet.weights()
+    for name in bench_linear_relu.LAYERS:
+        tensors = [activations(device)[name]]
+        tensors += [state[f"classifier.{name}.{kind}"].to(device) for kind in ("weight", "bias")]
+        tensors = [tensor.to(dtype) for tensor in tensors]
+        yield from check_function(
+            f"linear_relu {name}", bench_linear_relu.stock, ops.linear_relu, tensors, True
         )
 
 
@@ -201,6 +219,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Check]]] = {
     "max_pool": check_max_pool,
     "lrn_max_pool": check_lrn_max_pool,
     "conv_relu": check_conv_relu,
+    "linear_relu": check_linear_relu,
 }
 
 

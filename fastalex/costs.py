@@ -184,11 +184,30 @@ def conv_relu_backward(
     return Cost(moved, outputs * flops)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
-    """A fully connected layer (torch's): bytes = x + w + b + y; flops = 2 N I O + N O."""
-    outputs = input.shape[0] * weight.shape[0]
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Cost:
+    """bytes = x + w + b + y; flops = outputs * (2 I + 1 for the bias + 1 for the ReLU)."""
+    outputs = input.numel() // max(input.shape[-1], 1) * weight.shape[0]
     moved = _bytes(input, weight, bias) + outputs * input.element_size()
-    return Cost(moved, outputs * (2 * weight.shape[1] + (bias is not None)))
+    return Cost(moved, outputs * (2 * weight.shape[1] + (bias is not None) + relu))
+
+
+def linear_relu_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    output_mask: Sequence[bool],
+) -> Cost:
+    """bytes = g + y + the gradients asked for + what each reads (gx w, gw x); flops = outputs * (2 I each + 2).
+
+    The mask is one operation an output, the bias gradient the other.
+    """
+    wants_input, wants_weight, wants_bias = output_mask
+    moved = _bytes(grad, output)
+    moved += (wants_input + wants_weight) * (_bytes(weight) + _bytes(input))
+    moved += wants_bias * weight.shape[0] * weight.element_size()
+    flops = 2 * weight.shape[1] * (wants_input + wants_weight) + wants_bias + (output is not None)
+    return Cost(moved, grad.numel() * flops)
 
 
 def sgd_step(parameters: Sequence[Any], item: int = 4) -> Cost:

@@ -80,8 +80,9 @@ def test_explain_refuses_convolutions_in_float64(capsys):
 def test_explain_of_tensors_on_a_gpu_that_is_not_there(capsys, name):
     with FakeTensorMode():
         told = explained_sample(capsys, name, device="cuda")
-    # An untuned convolution leaves the choice to cuDNN.
-    expected = "torch" if name == "conv_relu" or not HAS_TRITON else "triton"
+    # An untuned convolution leaves the choice to cuDNN, and linear layers are cuBLAS's.
+    untuned = name in ("conv_relu", "linear_relu")
+    expected = "torch" if untuned or not HAS_TRITON else "triton"
     assert told[""] == f"{name}: runs on {expected}"
     assert told["cpu"] == "no: it runs on CPU tensors, and this one is on cuda:0"
 
@@ -116,7 +117,9 @@ def test_explain_runs_nothing(capsys, monkeypatch, requires_grad):
 
 
 def test_explain_of_wrong_calls():
-    with pytest.raises(ValueError, match="no operator 'softmax'; there are conv_relu, lrn"):
+    with pytest.raises(
+        ValueError, match="no operator 'softmax'; there are conv_relu, linear_relu, lrn"
+    ):
         explain("softmax", X)
     with pytest.raises(ValueError, match="size is 0"):
         explain("lrn", X, 0)
@@ -186,7 +189,7 @@ def test_a_forced_backend_serves_or_says_why_not(backend, name):
     have = [kernel.backend for kernel in REGISTRY[name].kernels.kernels]
     tensors = sample.tensors(torch.float32)
     with use_backend(backend):
-        if backend in ("cuda", "triton", "cupy"):
+        if backend in have and backend in ("cuda", "triton", "cupy"):
             with pytest.raises(
                 BackendError, match=f"^backend '{backend}' cannot run this {name}: "
             ):

@@ -107,6 +107,20 @@ def test_convolution_costs_by_hand():
     assert weight_only == costs.Cost(432 * 4 + 800, 108 * 37)
 
 
+def test_linear_costs_by_hand():
+    x = torch.empty(2, 3, 4, device="meta")  # 24 elements, 96 bytes
+    weight = torch.empty(5, 4, device="meta")  # 20 elements
+    bias = torch.empty(5, device="meta")
+    out = torch.empty(2, 3, 5, device="meta")  # 30 elements
+    assert costs.linear_relu(x, weight, bias, True) == costs.Cost(96 + 80 + 20 + 120, 30 * 10)
+    assert costs.linear_relu(x, weight, None, False) == costs.Cost(96 + 80 + 120, 30 * 8)
+    moved = 120 + 120 + 96 * 2 + 80 * 2 + 20
+    everything = costs.linear_relu_backward(out, out, x, weight, (True, True, True))
+    assert everything == costs.Cost(moved, 30 * (8 + 8 + 1 + 1))
+    weight_only = costs.linear_relu_backward(out, None, x, weight, (False, True, False))
+    assert weight_only == costs.Cost(120 + 96 + 80, 30 * 8)
+
+
 def test_half_types_move_half_the_bytes():
     x = torch.empty(1, 4, 5, 5, dtype=torch.bfloat16, device="meta")
     assert costs.lrn(x, 5, 1e-4, 0.75, 2.0, 1).bytes == 2 * 100 * 2

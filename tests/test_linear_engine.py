@@ -11,8 +11,8 @@ from tests.support.conv_library import LinearPlan, available_isas, library
 
 ISAS = available_isas()
 EPS = torch.finfo(torch.float32).eps
-# rows, inputs, outputs: one row, tails in every dimension, more than one panel of rows
-SIZES = [(1, 64, 64), (5, 300, 33), (14, 17, 1000), (40, 515, 70), (3, 1, 1)]
+# rows, inputs, outputs: one row, tails in every dimension, more than one job in each
+SIZES = [(1, 64, 64), (5, 300, 33), (14, 17, 1000), (40, 2100, 70), (3, 1, 1), (131, 33, 7)]
 
 
 def assert_within(actual: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
@@ -30,11 +30,10 @@ def test_forward_and_backward(isa: str, dtype: torch.dtype, size: tuple[int, int
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     bias, grad = torch.randn(outputs).to(dtype), torch.randn(rows, outputs).to(dtype)
     plan = LinearPlan(rows, inputs, outputs, isa=isa, dtype=dtype)
-    plan.pack(weight)
     out = torch.full((rows, outputs), torch.nan, dtype=dtype)
-    plan.forward(x, bias, out)
+    plan.forward(x, weight, bias, out)
     results = tuple(torch.full_like(t, torch.nan) for t in (x, weight, bias))
-    plan.backward(grad, out, x, results)
+    plan.backward(grad, out, x, weight, results)
     plan.assert_canaries()
 
     x, weight, bias, grad = x.double(), weight.double(), bias.double(), grad.double()
@@ -54,11 +53,10 @@ def test_bitwise_equal_for_any_number_of_threads(isa: str) -> None:
     for threads in (1, 3):
         library().conv_set_threads(threads)
         plan = LinearPlan(9, 600, 130, isa=isa, threads=threads)
-        plan.pack(weight)
         out = torch.empty(9, 130)
-        plan.forward(x, None, out)
+        plan.forward(x, weight, None, out)
         results = (torch.empty_like(x), torch.empty_like(weight), torch.empty(130))
-        plan.backward(grad, out, x, results)
+        plan.backward(grad, out, x, weight, results)
         outcomes.append((out, *results))
     library().conv_set_threads(2)
     for first, second in zip(*outcomes, strict=True):
@@ -68,6 +66,5 @@ def test_bitwise_equal_for_any_number_of_threads(isa: str) -> None:
 def test_nan_passes_through_relu() -> None:
     plan = LinearPlan(2, 8, 8, isa=ISAS[-1])
     weight, out = torch.ones(8, 8), torch.empty(2, 8)
-    plan.pack(weight)
-    plan.forward(torch.full((2, 8), torch.nan), None, out)
+    plan.forward(torch.full((2, 8), torch.nan), weight, None, out)
     assert out.isnan().all()

@@ -42,6 +42,7 @@ def operator_call(name: str, dtype: torch.dtype, layout: str, requires_grad: boo
         "max_pool": lambda: (grad, offsets, x.shape[-2:], *sample.positional[:4]),
         "lrn_max_pool": lambda: (grad, x, offsets, *sample.positional[:-2]),
         "conv_relu": lambda: (grad, y, x, weights[0], *sample.positional, [True, True, True]),
+        "linear_relu": lambda: (grad, y, x, weights[0], [True, True, True]),
     }
     return arguments[sample.name]()
 
@@ -101,8 +102,8 @@ def test_gradcheck_of_the_function(name, layout, backend):
     has = {kernel.backend for kernel in REGISTRY[name].kernels.kernels}
     if backend.partition("-")[0] not in has:
         pytest.skip(f"{name} has no backend {backend}")
-    if name == "conv_relu" and backend != "torch":
-        pytest.skip("the convolution engine leaves float64 to torch")
+    if name in ("conv_relu", "linear_relu") and backend != "torch":
+        pytest.skip("the CPU engine leaves float64 to torch")
     with running(backend):
         assert torch.autograd.gradcheck(sample.call, tensors)
 
@@ -156,6 +157,8 @@ def test_fakes_tell_the_layout(name, backend, layout):
     if name == "conv_relu":
         rest = [distinct((4, x.shape[1], 1, 1), torch.float32), *rest[1:]]
         positional = (*positional[:-1], 1)
+    elif name == "linear_relu":
+        rest = [distinct((6, x.shape[-1]), torch.float32), *rest[1:]]
     elif name != "lrn":  # a window of one fits every size
         at = 0 if name == "max_pool" else 5
         positional = (*positional[:at], (1, 1), (1, 1), (0, 0), *positional[at + 3 :])
@@ -456,6 +459,17 @@ def test_representations():
         "LRNMaxPool2d(5, alpha=0.0001, beta=0.75, k=1.0, kernel_size=3, stride=2, padding=0, "
         "ceil_mode=False, groups=2, alpha_mode='mean')"
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layer", [ops.LinearReLU, ops.Linear])
+def test_state_dict_of_the_linear_layers_is_stocks(layer, bias):
+    fused, stock = layer(4, 8, bias=bias), nn.Linear(4, 8, bias=bias)
+    for source, target in ((fused, stock), (stock, fused)):
+        target.load_state_dict(source.state_dict(), strict=True)
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    assert isinstance(fused, nn.Linear)
+    assert fused.state_dict()._metadata == stock.state_dict()._metadata
 
 
 @pytest.mark.parametrize("bias", [True, False])

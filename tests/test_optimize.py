@@ -516,6 +516,20 @@ def test_an_untraceable_model_still_gets_its_layers():
     stock, fast = pair(Branches())
     for sign in (1, -1):
         equal(stock, fast, sign * image())
+    entries = {entry.where: entry for entry in fastalex.optimize(fast).entries}
+    assert "symbolically traced" in entries["(model)"].why
+    assert entries["pool.(max_pool2d)"].step == "max_pool2d"
+    fast.pool.kernel_size = stock.pool.kernel_size = 1
+    equal(stock, fast, image())
+
+
+def test_a_single_layer():
+    x = image()
+    for layer in (nn.MaxPool2d(3, 2, 1), nn.LocalResponseNorm(3, k=2.0)):
+        fast = copy.deepcopy(layer)
+        assert len(fastalex.optimize(fast).replaced) == 1
+        equal(layer, fast, x)
+    assert not fastalex.optimize(nn.ReLU()).replaced
 
 
 def test_isinstance_on_an_argument_follows_what_is_given():

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 CALLS = {
     "conv_relu": lambda x, w: ops.conv2d_relu(x, w, None, 2, 1),
+    "linear_relu": lambda x, w: ops.linear_relu(x.flatten(1)[:, :9], w.flatten(0, 1).flatten(1)),
     "lrn": lambda x, w: ops.local_response_norm(x, 5, groups=2),
     "max_pool": lambda x, w: ops.max_pool2d(x, 3, 2),
     "lrn_max_pool": lambda x, w: ops.lrn_max_pool2d(x, 5, groups=2),

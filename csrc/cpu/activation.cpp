@@ -121,17 +121,22 @@ bool is_channels_last(const Tensor& tensor) {
   return describe(tensor, &map) && map.channels_last;
 }
 
-Activation create(int32_t dtype, Sizes sizes, bool channels_last) {
-  const auto strides = dense_strides(sizes, channels_last);
+Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  Activation activation{Tensor(handle), {}};
+  Tensor tensor(handle);
+  const int64_t bytes = tensor.numel() * tensor.element_size();
+  use_huge_pages(tensor.mutable_data_ptr(), bytes);
+  if (poison_enabled()) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+  return tensor;
+}
+
+Activation create(int32_t dtype, Sizes sizes, bool channels_last) {
+  const auto strides = dense_strides(sizes, channels_last);
+  Activation activation{empty_strided(dtype, sizes, Sizes(strides.data(), sizes.size())), {}};
   describe(activation.tensor, &activation.map);
   activation.map.channels_last = channels_last;
-  const int64_t bytes = activation.tensor.numel() * activation.tensor.element_size();
-  use_huge_pages(activation.map.data, bytes);
-  if (poison_enabled()) std::memset(activation.map.data, 0xff, bytes);
   return activation;
 }
 

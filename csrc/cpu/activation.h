@@ -31,8 +31,10 @@ Activation read_as(const Tensor& tensor, bool channels_last);
 // Whether results of a tensor's shape should be channels last, as its own layout is.
 bool is_channels_last(const Tensor& tensor);
 
-// A new dense tensor of `sizes` in the given layout, NaN-filled under test. dtype: an
-// aoti_torch_dtype_* code.
+// New memory, NaN-filled under test. dtype: an aoti_torch_dtype_* code.
+Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides);
+
+// A new dense activation of `sizes` in the given layout.
 Activation create(int32_t dtype, Sizes sizes, bool channels_last);
 
 int32_t dtype_code(const Tensor& tensor);

@@ -1,7 +1,5 @@
-// Linear + bias + ReLU and its gradients on the convolution's micro-kernel.
+// Linear + bias + ReLU and its gradients on the convolution's micro-kernels.
 #include "linear.h"
-
-#include <array>
 
 #include "conv/arena.h"
 #include "conv/gradient.h"
@@ -11,47 +9,23 @@
 namespace fastalex::cpu::linear {
 namespace {
 
-using conv::align_up;
 using conv::Arena;
 using conv::ceil_div;
 using conv::ConvKernels;
+using conv::DotCall;
 using conv::element_at;
 using conv::GatherCall;
 using conv::GemmCall;
-using conv::kBlock;
 using conv::OuterCall;
 using conv::Panels;
 using conv::run_jobs;
 using conv::ScatterCall;
 using conv::Segment;
 
-constexpr int kBlocksPerPass = 16;  // 256 inputs x 32 outputs of weights stay in L1
-
-// Rows of a matrix as float: out[row * out_stride + column].
-void read_rows(const ConvKernels& kernels, DType dtype, const void* data, const void* mask,
-               int64_t stride, int64_t first, int64_t rows, int columns, int padded, float* out,
-               ptrdiff_t out_stride) {
-  GatherCall call{};
-  call.data = element_at(data, dtype, first);
-  call.dtype = dtype;
-  call.pixel_stride = stride;
-  call.channel_stride = 1;
-  if (mask) {
-    call.mask = element_at(mask, dtype, first);
-    call.mask_pixel_stride = stride;
-    call.mask_channel_stride = 1;
-  }
-  call.pixels = rows;
-  call.channels = columns;
-  call.padded_channels = padded;
-  call.out = out;
-  call.out_stride = out_stride;
-  kernels.gather(call);
-}
+constexpr int64_t kRowsPerJob = 128;  // of the batch: their slice of any operand stays in L2
 
 void write_rows(const ConvKernels& kernels, DType dtype, const float* data, ptrdiff_t data_stride,
-                int64_t rows, int columns, void* out, int64_t first, int64_t stride,
-                int64_t column_stride) {
+                int64_t rows, int columns, void* out, int64_t first, int64_t stride) {
   ScatterCall call{};
   call.data = data;
   call.data_stride = data_stride;
@@ -60,99 +34,153 @@ void write_rows(const ConvKernels& kernels, DType dtype, const float* data, ptrd
   call.out = element_at(out, dtype, first);
   call.dtype = dtype;
   call.pixel_stride = stride;
-  call.channel_stride = column_stride;
+  call.channel_stride = 1;
   kernels.scatter(call);
 }
 
-// The forward pass: one job per panel of outputs, which streams that panel's weights once.
+// A matrix's rows as float in panels of columns, [panel][row][panel width]; row by row, for the
+// sake of whoever fetches them from memory.
+void read_panels(const ConvKernels& kernels, DType dtype, const void* data, int64_t first,
+                 int64_t stride, int rows, const Panels& panels, float* out) {
+  const int width = panels.width();
+  const int whole = panels.filters / width;
+  GatherCall call{};
+  call.dtype = dtype;
+  call.channel_stride = 1;
+  if (whole > 0) {
+    call.pixel_stride = width;
+    call.pixels = whole;
+    call.channels = call.padded_channels = width;
+    call.out_stride = ptrdiff_t{rows} * width;
+    for (int row = 0; row < rows; ++row) {
+      call.data = element_at(data, dtype, first + row * stride);
+      call.out = out + int64_t{row} * width;
+      kernels.gather(call);
+    }
+  }
+  if (whole < panels.count()) {
+    call.data = element_at(data, dtype, first + int64_t{whole} * width);
+    call.pixel_stride = stride;
+    call.pixels = rows;
+    call.channels = panels.valid(whole);
+    call.padded_channels = panels.vectors(whole) * panels.lanes;
+    call.out = out + int64_t{rows} * panels.first(whole);
+    call.out_stride = call.padded_channels;
+    kernels.gather(call);
+  }
+}
+
+// The forward pass: a job is a few rows of weights times up to kRowsPerJob rows of the batch.
 class Forward {
  public:
   Forward(const ConvKernels& kernels, const Problem& problem, int threads, char* scratch)
       : kernels_(kernels),
         problem_(problem),
         threads_(threads),
-        panels_{problem.outputs, kernels.lanes},
-        blocks_(static_cast<int>(ceil_div(problem.inputs, kBlock))) {
+        panel_rows_(std::min(kRowsPerJob, problem.rows)),
+        // Rows a power of two apart would share one set of the cache.
+        row_bytes_(conv::align_up(problem.inputs * conv::element_size(problem.dtype)) + kLine) {
     Arena arena(scratch);
-    bias_ = arena.take(panels_.padded());
-    x_ = arena.take(int64_t{blocks_} * kBlock * problem.rows);
-    staging_ = arena.take(threads * staging_floats());
-    bytes_ = arena.bytes();
+    rows_ = reinterpret_cast<char*>(arena.take(problem.rows * row_bytes_ / sizeof(float)));
+    workers_ = scratch ? scratch + arena.bytes() : nullptr;
+    Arena measure;
+    worker(measure);
+    worker_bytes_ = measure.bytes();
+    bytes_ = arena.bytes() + threads * worker_bytes_;
   }
 
   size_t bytes() const { return bytes_; }
 
   void run(const ForwardCall& call) const {
-    conv::read_bias(panels_, 1, problem_.dtype, call.bias, bias_);
-    // [block of inputs][row][kBlock]: rows at a distance the kernel knows, whatever the batch.
-    parallel_for(blocks_, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int valid = std::min<int64_t>(kBlock, problem_.inputs - block * kBlock);
-        read_rows(kernels_, problem_.dtype, call.input, nullptr, problem_.inputs, block * kBlock,
-                  problem_.rows, valid, kBlock, x_ + block * problem_.rows * kBlock, kBlock);
+    const int64_t dense = problem_.inputs * conv::element_size(problem_.dtype);
+    parallel_for(problem_.rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::memcpy(rows_ + row * row_bytes_, static_cast<const char*>(call.input) + row * dense,
+                    dense);
       }
     });
-    run_jobs(panels_.count(), threads_, [&](int worker, int64_t panel) {
-      run_panel(call, static_cast<int>(panel), staging_ + worker * staging_floats());
+    const int64_t groups = ceil_div(problem_.outputs, kernels_.dot_outputs);
+    const int64_t panels = ceil_div(problem_.rows, kRowsPerJob);
+    run_jobs(groups * panels, threads_, [&](int index, int64_t job) {
+      Arena arena(workers_ + index * worker_bytes_);
+      run_job(call, job / groups * kRowsPerJob,
+              static_cast<int>(job % groups) * kernels_.dot_outputs, worker(arena));
     });
   }
 
  private:
-  int64_t staging_floats() const { return problem_.rows * panels_.width(); }
+  // Elements of a row at a time: a group's weights then wait in L1 for every row of the batch.
+  static constexpr int kDepth = 1024;
+  static constexpr int64_t kLine = 64;
 
-  void run_panel(const ForwardCall& call, int panel, float* staging) const {
-    const int width = panels_.vectors(panel) * kernels_.lanes;
-    const float* weights =
-        static_cast<const float*>(call.packed) + int64_t{panels_.first(panel)} * problem_.inputs;
-    std::array<Segment, kBlocksPerPass> segments;
-    GemmCall gemm{};
-    gemm.row_stride = kBlock;
-    gemm.rows = problem_.rows;
-    gemm.segments = segments.data();
-    gemm.vectors = panels_.vectors(panel);
-    gemm.c = staging;
-    gemm.c_stride = width;
-    for (int first = 0; first < blocks_; first += kBlocksPerPass) {
-      gemm.segment_count = std::min(kBlocksPerPass, blocks_ - first);
-      for (int s = 0; s < gemm.segment_count; ++s) {
-        segments[s] = {s * problem_.rows * kBlock,
-                       std::min(kBlock, problem_.inputs - (first + s) * kBlock)};
-      }
-      const bool last = first + kBlocksPerPass >= blocks_;
-      gemm.a = x_ + first * problem_.rows * kBlock;
-      gemm.b = weights + int64_t{first} * kBlock * width;
-      gemm.accumulate = first > 0;
-      gemm.bias = last ? bias_ + panels_.first(panel) : nullptr;
-      gemm.relu = last && problem_.relu;
-      kernels_.gemm(gemm);
+  struct Worker {
+    float* sums;  // a vector for each row and output
+    float* results;
+  };
+  Worker worker(Arena& arena) const {
+    // Sums are added up a square of vectors at a time.
+    const int64_t count =
+        ceil_div(panel_rows_ * kernels_.dot_outputs, kernels_.lanes) * kernels_.lanes;
+    return {arena.take(count * kernels_.lanes), arena.take(count)};
+  }
+
+  void run_job(const ForwardCall& call, int64_t row, int output, const Worker& w) const {
+    const int outputs = std::min(kernels_.dot_outputs, problem_.outputs - output);
+    const int64_t rows = std::min(panel_rows_, problem_.rows - row);
+    const int64_t count = ceil_div(rows * kernels_.dot_outputs, kernels_.lanes) * kernels_.lanes;
+    start_sums(call, output, outputs, count, w.sums);
+    DotCall dot{};
+    dot.dtype = problem_.dtype;
+    dot.x_stride = row_bytes_ / conv::element_size(problem_.dtype);
+    dot.w_stride = problem_.inputs;
+    dot.rows = rows;
+    dot.outputs = outputs;
+    dot.sums = w.sums;
+    for (int first = 0; first < problem_.inputs; first += kDepth) {
+      dot.x = element_at(rows_, problem_.dtype, row * dot.x_stride + first);
+      dot.w = element_at(call.weight, problem_.dtype, int64_t{output} * problem_.inputs + first);
+      dot.length = std::min(kDepth, problem_.inputs - first);
+      kernels_.dot(dot);
     }
-    write_rows(kernels_, problem_.dtype, staging, width, problem_.rows, panels_.valid(panel),
-               call.output, panels_.first(panel), problem_.outputs, 1);
+    kernels_.add_lanes(w.sums, count, problem_.relu, w.results);
+    write_rows(kernels_, problem_.dtype, w.results, kernels_.dot_outputs, rows, outputs,
+               call.output, row * problem_.outputs + output, problem_.outputs);
+  }
+
+  // Each sum starts as its bias, in the first lane.
+  void start_sums(const ForwardCall& call, int output, int outputs, int64_t count,
+                  float* sums) const {
+    std::fill_n(sums, count * kernels_.lanes, 0.0f);
+    if (!call.bias) return;
+    for (int o = 0; o < outputs; ++o) {
+      const float bias = conv::read_element(call.bias, problem_.dtype, output + o);
+      for (int64_t i = o; i < count; i += kernels_.dot_outputs) sums[i * kernels_.lanes] = bias;
+    }
   }
 
   const ConvKernels& kernels_;
   const Problem& problem_;
   const int threads_;
-  const Panels panels_;
-  const int blocks_;
-  float *bias_, *x_, *staging_;
-  size_t bytes_;
+  const int64_t panel_rows_;
+  const int64_t row_bytes_;
+  char *rows_, *workers_;
+  size_t worker_bytes_, bytes_;
 };
 
-// Both gradients. Rows of the batch are taken in panels too: they are the columns of dx^T = W^T
-// dz^T.
+// Both gradients, and the bias's.
 class Backward {
  public:
   Backward(const ConvKernels& kernels, const Problem& problem, int threads, char* scratch)
       : kernels_(kernels),
         problem_(problem),
         threads_(threads),
+        panel_rows_(std::min(kRowsPerJob, problem.rows)),
+        columns_(columns_per_job()),
         outputs_{problem.outputs, kernels.lanes},
-        rows_{static_cast<int>(problem.rows), kernels.lanes},
-        inputs_{problem.inputs, kernels.lanes} {
+        // Not a power of two: a column of dz would share one set of the cache.
+        dz_stride_(outputs_.padded() + kernels.lanes) {
     Arena arena(scratch);
-    dz_ = arena.take(problem.rows * outputs_.padded());
-    dz_transposed_ = arena.take(int64_t{rows_.padded()} * outputs_.padded());
+    dz_ = arena.take(problem.rows * dz_stride_);
     db_ = arena.take(outputs_.padded());
     workers_ = scratch ? scratch + arena.bytes() : nullptr;
     Arena measure;
@@ -164,18 +192,25 @@ class Backward {
   size_t bytes() const { return bytes_; }
 
   void run(const BackwardCall& call) const {
-    prepare(call);
+    run_jobs(outputs_.count(), threads_,
+             [&](int, int64_t panel) { read_gradient(call, static_cast<int>(panel)); });
     if (call.input_gradient) {
-      run_jobs(ceil_div(problem_.inputs, kInputsPerJob), threads_, [&](int index, int64_t job) {
-        Arena arena(workers_ + index * worker_bytes_);
-        input_gradient(call, static_cast<int>(job) * kInputsPerJob, worker(arena));
-      });
+      const int64_t strips = ceil_div(problem_.inputs, kStrip);
+      run_jobs(strips * ceil_div(problem_.rows, kRowsPerJob), threads_,
+               [&](int index, int64_t job) {
+                 Arena arena(workers_ + index * worker_bytes_);
+                 input_gradient(call, job / strips * kRowsPerJob,
+                                static_cast<int>(job % strips) * kStrip, worker(arena));
+               });
     }
     if (call.weight_gradient) {
-      run_jobs(inputs_.count(), threads_, [&](int index, int64_t job) {
-        Arena arena(workers_ + index * worker_bytes_);
-        weight_gradient(call, static_cast<int>(job), worker(arena));
-      });
+      const int64_t strips = ceil_div(problem_.inputs, columns_);
+      run_jobs(strips * ceil_div(problem_.outputs, kOutputsPerJob), threads_,
+               [&](int index, int64_t job) {
+                 Arena arena(workers_ + index * worker_bytes_);
+                 weight_gradient(call, static_cast<int>(job / strips) * kOutputsPerJob,
+                                 static_cast<int>(job % strips) * columns_, worker(arena));
+               });
     }
     if (call.bias_gradient) {
       conv::GradientOperands operands{};
@@ -186,104 +221,107 @@ class Backward {
   }
 
  private:
-  static constexpr int kInputsPerJob = 256;
-  static constexpr int kOutputsPerPass = 256;
+  static constexpr int kStrip = 256;          // inputs of one job of the input gradient
+  static constexpr int kDepth = 64;           // outputs whose weights it holds at a time, in L2
+  static constexpr int kOutputsPerJob = 512;  // of the weight gradient
+  static constexpr int kOutputsPerBlock = 8;  // whose rows are written side by side
+  static constexpr int64_t kCacheFloats = 1 << 15;  // the batch's slice that stays in L2
 
   struct Worker {
-    float* sums;   // dx^T of one job, or dw of one pass
-    float* panel;  // x of one panel of inputs
+    float* panels;  // of weights, or of the batch
+    float* sums;    // of a strip of the input gradient, or one product of the weight gradient
   };
   Worker worker(Arena& arena) const {
-    Worker w;
-    w.sums = arena.take(std::max<int64_t>(int64_t{kInputsPerJob} * rows_.padded(),
-                                          int64_t{kOutputsPerPass} * inputs_.width()));
-    w.panel = arena.take(problem_.rows * inputs_.width());
-    return w;
+    return {
+        arena.take(std::max<int64_t>(kDepth * kStrip, problem_.rows * columns_)),
+        arena.take(std::max<int64_t>(panel_rows_ * kStrip, kOutputsPerBlock * outputs_.width()))};
   }
 
-  // dz as it is and transposed by panels of rows, and its column sums.
-  void prepare(const BackwardCall& call) const {
-    const int padded = outputs_.padded();
-    run_jobs(outputs_.count(), threads_, [&](int, int64_t job) {
-      const int panel = static_cast<int>(job), first = outputs_.first(panel);
-      const int width = outputs_.vectors(panel) * kernels_.lanes;
-      read_rows(kernels_, problem_.dtype, call.gradient, call.output, problem_.outputs, first,
-                problem_.rows, outputs_.valid(panel), width, dz_ + first, padded);
-      for (int i = 0; i < width; ++i) db_[first + i] = 0.0f;
-      for (int64_t row = 0; row < problem_.rows; ++row) {
-        for (int i = 0; i < width; ++i) db_[first + i] += dz_[row * padded + first + i];
-      }
-      for (int rows = 0; rows < rows_.count(); ++rows) {
-        const int columns = rows_.vectors(rows) * kernels_.lanes;
-        float* out =
-            dz_transposed_ + int64_t{rows_.first(rows)} * padded + int64_t{first} * columns;
-        for (int i = 0; i < width; ++i, out += columns) {
-          for (int r = 0; r < columns; ++r) {
-            const int64_t row = rows_.first(rows) + r;
-            out[r] = row < problem_.rows ? dz_[row * padded + first + i] : 0.0f;
-          }
-        }
-      }
-    });
+  int columns_per_job() const {
+    const int64_t fitting = kCacheFloats / std::max<int64_t>(1, problem_.rows);
+    const int width = 2 * kernels_.lanes;
+    return static_cast<int>(std::clamp<int64_t>(fitting / width * width, width, 1024));
   }
 
-  // dx^T[input][row] = sum over outputs of W[input][output] dz^T[output][row], a panel of W at a
-  // time.
-  void input_gradient(const BackwardCall& call, int first, const Worker& w) const {
-    const int count = std::min(kInputsPerJob, problem_.inputs - first);
-    const float* packed = static_cast<const float*>(call.packed);
-    for (int panel = 0; panel < outputs_.count(); ++panel) {
-      const int width = outputs_.vectors(panel) * kernels_.lanes;
-      const Segment outputs{0, outputs_.valid(panel)};
-      for (int rows = 0; rows < rows_.count(); ++rows) {
-        const int columns = rows_.vectors(rows) * kernels_.lanes;
-        GemmCall gemm{};
-        gemm.a = packed + int64_t{outputs_.first(panel)} * problem_.inputs + int64_t{first} * width;
-        gemm.row_stride = width;
-        gemm.rows = count;
-        gemm.segments = &outputs;
-        gemm.segment_count = 1;
-        gemm.b = dz_transposed_ + int64_t{rows_.first(rows)} * outputs_.padded() +
-                 int64_t{outputs_.first(panel)} * columns;
-        gemm.vectors = rows_.vectors(rows);
-        gemm.c = w.sums + int64_t{rows_.first(rows)} * kInputsPerJob;
-        gemm.c_stride = columns;
-        gemm.accumulate = panel > 0;
+  // dz of a panel of outputs, and its column sums.
+  void read_gradient(const BackwardCall& call, int panel) const {
+    const int first = outputs_.first(panel), width = outputs_.vectors(panel) * kernels_.lanes;
+    GatherCall gather{};
+    gather.data = element_at(call.gradient, problem_.dtype, first);
+    gather.dtype = problem_.dtype;
+    gather.pixel_stride = gather.mask_pixel_stride = problem_.outputs;
+    gather.channel_stride = gather.mask_channel_stride = 1;
+    gather.mask = call.output ? element_at(call.output, problem_.dtype, first) : nullptr;
+    gather.pixels = problem_.rows;
+    gather.channels = outputs_.valid(panel);
+    gather.padded_channels = width;
+    gather.out = dz_ + first;
+    gather.out_stride = dz_stride_;
+    kernels_.gather(gather);
+    for (int i = 0; i < width; ++i) db_[first + i] = 0.0f;
+    for (int64_t row = 0; row < problem_.rows; ++row) {
+      for (int i = 0; i < width; ++i) db_[first + i] += dz_[row * dz_stride_ + first + i];
+    }
+  }
+
+  // dx[row][a strip of inputs] = sum over outputs of dz[row][output] W[output][input].
+  void input_gradient(const BackwardCall& call, int64_t row, int column, const Worker& w) const {
+    const Panels panels{std::min(kStrip, problem_.inputs - column), kernels_.lanes};
+    GemmCall gemm{};
+    gemm.row_stride = dz_stride_;
+    gemm.rows = std::min(panel_rows_, problem_.rows - row);
+    gemm.segment_count = 1;
+    for (int first = 0; first < problem_.outputs; first += kDepth) {
+      const Segment outputs{0, std::min(kDepth, problem_.outputs - first)};
+      read_panels(kernels_, problem_.dtype, call.weight, int64_t{first} * problem_.inputs + column,
+                  problem_.inputs, outputs.length, panels, w.panels);
+      gemm.a = dz_ + row * dz_stride_ + first;
+      gemm.segments = &outputs;
+      gemm.accumulate = first > 0;
+      for (int panel = 0; panel < panels.count(); ++panel) {
+        gemm.b = w.panels + int64_t{outputs.length} * panels.first(panel);
+        gemm.vectors = panels.vectors(panel);
+        gemm.c = w.sums + gemm.rows * panels.first(panel);
+        gemm.c_stride = gemm.vectors * kernels_.lanes;
         kernels_.gemm(gemm);
       }
     }
-    for (int rows = 0; rows < rows_.count(); ++rows) {
-      const int columns = rows_.vectors(rows) * kernels_.lanes;
-      // Transposed on the way out: "pixels" are inputs, "channels" rows of the batch.
-      write_rows(kernels_, problem_.dtype, w.sums + int64_t{rows_.first(rows)} * kInputsPerJob,
-                 columns, count, rows_.valid(rows), call.input_gradient,
-                 int64_t{rows_.first(rows)} * problem_.inputs + first, 1, problem_.inputs);
+    for (int panel = 0; panel < panels.count(); ++panel) {
+      write_rows(kernels_, problem_.dtype, w.sums + gemm.rows * panels.first(panel),
+                 panels.vectors(panel) * kernels_.lanes, gemm.rows, panels.valid(panel),
+                 call.input_gradient, row * problem_.inputs + column + panels.first(panel),
+                 problem_.inputs);
     }
   }
 
-  // dW[output][a panel of inputs] = sum over rows of dz[row][output] x[row][input].
-  void weight_gradient(const BackwardCall& call, int panel, const Worker& w) const {
-    const int width = inputs_.vectors(panel) * kernels_.lanes, valid = inputs_.valid(panel);
-    read_rows(kernels_, problem_.dtype, call.input, nullptr, problem_.inputs, inputs_.first(panel),
-              problem_.rows, valid, width, w.panel, width);
+  // dW[a block of outputs][a strip of inputs] = sum over rows of dz[row][output] x[row][input],
+  // block after block, so that memory is written in long runs.
+  void weight_gradient(const BackwardCall& call, int output, int column, const Worker& w) const {
+    const Panels panels{std::min(columns_, problem_.inputs - column), kernels_.lanes};
     const Segment batch{0, static_cast<int>(problem_.rows)};
-    const bool in_place = problem_.dtype == DType::kFloat32 && valid == width;
+    read_panels(kernels_, problem_.dtype, call.input, column, problem_.inputs, batch.length, panels,
+                w.panels);
     OuterCall outer{};
-    outer.step = outputs_.padded();
+    outer.step = dz_stride_;
     outer.segments = &batch;
     outer.segment_count = 1;
-    outer.b = w.panel;
-    outer.vectors = inputs_.vectors(panel);
-    for (int first = 0; first < problem_.outputs; first += kOutputsPerPass) {
+    const int end = std::min(output + kOutputsPerJob, problem_.outputs);
+    for (int first = output; first < end; first += kOutputsPerBlock) {
       outer.a = dz_ + first;
-      outer.columns = std::min(kOutputsPerPass, problem_.outputs - first);
-      const int64_t at = int64_t{first} * problem_.inputs + inputs_.first(panel);
-      outer.c = in_place ? static_cast<float*>(call.weight_gradient) + at : w.sums;
-      outer.c_stride = in_place ? problem_.inputs : width;
-      kernels_.outer(outer);
-      if (!in_place) {
-        write_rows(kernels_, problem_.dtype, w.sums, width, outer.columns, valid,
-                   call.weight_gradient, at, problem_.inputs, 1);
+      outer.columns = std::min(kOutputsPerBlock, end - first);
+      for (int panel = 0; panel < panels.count(); ++panel) {
+        const int width = panels.vectors(panel) * kernels_.lanes, valid = panels.valid(panel);
+        const int64_t at = int64_t{first} * problem_.inputs + column + panels.first(panel);
+        const bool in_place = problem_.dtype == DType::kFloat32 && valid == width;
+        outer.b = w.panels + int64_t{batch.length} * panels.first(panel);
+        outer.vectors = panels.vectors(panel);
+        outer.c = in_place ? static_cast<float*>(call.weight_gradient) + at : w.sums;
+        outer.c_stride = in_place ? problem_.inputs : width;
+        kernels_.outer(outer);
+        if (!in_place) {
+          write_rows(kernels_, problem_.dtype, w.sums, width, outer.columns, valid,
+                     call.weight_gradient, at, problem_.inputs);
+        }
       }
     }
   }
@@ -291,50 +329,26 @@ class Backward {
   const ConvKernels& kernels_;
   const Problem& problem_;
   const int threads_;
-  const Panels outputs_, rows_, inputs_;
-  float *dz_, *dz_transposed_, *db_;
+  const int64_t panel_rows_;
+  const int columns_;
+  const Panels outputs_;
+  const int64_t dz_stride_;
+  float *dz_, *db_;
   char* workers_;
   size_t worker_bytes_, bytes_;
 };
 
 }  // namespace
 
-size_t Plan::packed_bytes() const {
-  const Panels panels{problem_.outputs, kernels_->lanes};
-  return align_up(sizeof(float) * panels.padded() * problem_.inputs);
+size_t Plan::forward_scratch_bytes() const {
+  return Forward(*kernels_, problem_, threads_, nullptr).bytes();
 }
 
-size_t Plan::scratch_bytes() const {
-  return std::max(Forward(*kernels_, problem_, threads_, nullptr).bytes(),
-                  Backward(*kernels_, problem_, threads_, nullptr).bytes());
-}
-
-void Plan::pack(const void* weight, void* packed) const {
-  const Panels panels{problem_.outputs, kernels_->lanes};
-  run_jobs(panels.count(), threads_, [&](int, int64_t job) {
-    const int panel = static_cast<int>(job), first = panels.first(panel);
-    const int width = panels.vectors(panel) * kernels_->lanes;
-    float* out = static_cast<float*>(packed) + int64_t{first} * problem_.inputs;
-    if (panels.valid(panel) < width) {
-      std::fill_n(out, int64_t{width} * problem_.inputs, 0.0f);
-    }
-    // Transposed in squares: "pixels" are inputs, "channels" outputs.
-    GatherCall call{};
-    call.data = element_at(weight, problem_.dtype, int64_t{first} * problem_.inputs);
-    call.dtype = problem_.dtype;
-    call.pixel_stride = 1;
-    call.channel_stride = problem_.inputs;
-    call.pixels = problem_.inputs;
-    call.channels = panels.valid(panel);
-    call.padded_channels = width;
-    call.out = out;
-    call.out_stride = width;
-    kernels_->gather(call);
-  });
+size_t Plan::backward_scratch_bytes() const {
+  return Backward(*kernels_, problem_, threads_, nullptr).bytes();
 }
 
 void Plan::forward(const ForwardCall& call) const {
-  if (problem_.rows == 0) return;
   Forward(*kernels_, problem_, threads_, static_cast<char*>(call.scratch)).run(call);
 }
 

@@ -1,8 +1,8 @@
-// Linear + bias + ReLU and its gradients on the convolution's micro-kernel. Free of torch.
+// Linear + bias + ReLU and its gradients on the convolution's micro-kernels. Free of torch.
 //
-// Weights are packed once per version as [panel of outputs][input][panel width] in float; the same
-// packing serves the forward pass and the input gradient, each of which streams it once. At batch 1
-// the forward pass runs at the speed of memory: 4 bytes per multiply-add.
+// Weights are read as nn.Linear keeps them, [outputs][inputs], in their own type: nothing is
+// packed, so a weight may change at every call and its memory is not doubled. The forward pass
+// streams the weights once per 128 rows; each gradient touches them once.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace fastalex::cpu::linear {
 
-// y = relu(x W^T + b): x [rows][inputs], W [outputs][inputs], y [rows][outputs], all dense.
+// y = relu(x W^T + b): x [rows][inputs], W [outputs][inputs], y [rows][outputs]; rows are dense.
 struct Problem {
   DType dtype = DType::kFloat32;
   int64_t rows = 0;
@@ -21,35 +21,34 @@ struct Problem {
 
 struct ForwardCall {
   const void* input;
-  const void* packed;
+  const void* weight;
   const void* bias;  // null: none
   void* output;
   void* scratch;
 };
 
-// dz = output > 0 ? gradient : 0, or gradient where `output` is null. Results that are null are not
-// computed; `packed` is needed for the input gradient alone.
+// dz = output <= 0 ? 0 : gradient, or gradient where `output` is null. Results that are null are
+// not computed.
 struct BackwardCall {
   const void* gradient;
   const void* output;
   const void* input;
-  const void* packed;
+  const void* weight;
   void* input_gradient;
   void* weight_gradient;
   void* bias_gradient;
   void* scratch;
 };
 
-// An immutable plan, as conv::Plan; results are bitwise equal for any number of threads.
+// Immutable and cheap to make; results are bitwise equal for any number of threads.
 class Plan {
  public:
   Plan(const conv::ConvKernels& kernels, const Problem& problem, int threads)
       : kernels_(&kernels), problem_(problem), threads_(threads) {}
 
-  size_t packed_bytes() const;
-  size_t scratch_bytes() const;  // of either pass
+  size_t forward_scratch_bytes() const;
+  size_t backward_scratch_bytes() const;
 
-  void pack(const void* weight, void* packed) const;
   void forward(const ForwardCall& call) const;
   void backward(const BackwardCall& call) const;
 

@@ -16,6 +16,9 @@ __all__ = ["Report", "optimize"]
 #: Wrappers whose forward belongs to torch; the model inside is what is optimised.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
+#: Layers that have an operator with nothing around them.
+_ALONE = (nn.MaxPool2d, nn.LocalResponseNorm)
+
 
 def optimize(model: nn.Module, example: Any = None) -> Report:
     """Makes ``model`` faster where it stands, and tells what was done.
@@ -53,29 +56,37 @@ class _Optimizer:
         runs = {
             module: self._match(name, module) for name, module in modules if module in self.graphs
         }
-        graphs = {
-            module: [trace.graph for trace in traces.values()]
-            for module, traces in self.graphs.items()
-        }
-        for island in layout.islands(self.model, graphs):
-            for module in island.modules():
-                for graph in graphs.get(module, ()):
-                    layout.without_views(graph)
-                    runs[module] = True
-            for graph in graphs[island]:
-                layout.enter_and_leave(graph)
+        for training in (False, True):
+            self._lay_out(training, runs)
         for module, changed in runs.items():
             if changed:
                 self._swap(module)
         for name, module in modules:
-            self._keep(name, module)
+            if name in self.steps or type(module) not in match.MODULES:
+                continue
+            if not self._replace_alone(name, module):
+                self._keep(name, module)
         return self.report
+
+    def _lay_out(self, training: bool, runs: dict[nn.Module, bool]) -> None:
+        """Lets the largest parts that can work in channels_last, in one mode."""
+        graphs = {
+            module: [trace.graph for key, trace in traces.items() if key[0] is training]
+            for module, traces in self.graphs.items()
+        }
+        for island in layout.islands(self.model, graphs, training):
+            for module in island.modules():
+                for graph in graphs.get(module, ()):
+                    runs[module] |= layout.without_views(graph)
+            for graph in graphs[island]:
+                layout.enter_and_leave(graph)
+            runs[island] = True
 
     def _trace(self, name: str, module: nn.Module) -> None:
         """Keeps the graphs of a module that calls others."""
-        refusal = _refusal(module)
         if not module._modules:
             return
+        refusal = _refusal(module)
         if refusal is None:
             try:
                 traces = {(mode, False): trace(module, mode) for mode in (False, True)}
@@ -98,7 +109,7 @@ class _Optimizer:
                 matcher.apply(found)
         for run in runs:
             paths = [_join(name, part) for part in run.names]
-            self.steps.update(paths)
+            self.steps.update(paths if module._modules else [name])
             self.report.entries.append(
                 Entry(" + ".join(paths), " + ".join(run.layers), run.step, "")
             )
@@ -111,16 +122,24 @@ class _Optimizer:
         swap.swap(module, swap.Plan.observe(module, programs, inputs))
         self.report.modules.append(module)
 
+    def _replace_alone(self, name: str, module: nn.Module) -> bool:
+        """A layer that no traced module calls, and that has an operator by itself."""
+        if type(module) not in _ALONE or _refusal(module) is not None:
+            return False
+        self.graphs[module] = {(mode, False): trace(module, mode) for mode in (False, True)}
+        found = self._match(name, module)
+        if found:
+            self._swap(module)
+        return found
+
     def _keep(self, name: str, module: nn.Module) -> None:
         """Accounts for a layer that is in no step."""
-        if type(module) in match.MODULES and name not in self.steps:
-            self.report.entries.append(
-                Entry(name or "(model)", type(module).__name__, None, "nothing to fuse with")
-            )
+        why = _refusal(module) or "nothing to fuse with"
+        self.report.entries.append(Entry(name or "(model)", type(module).__name__, None, why))
 
 
 def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and not name.startswith("(") else name
+    return ".".join(part for part in (prefix, name) if part)
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from fastalex._optimize import match, steps
 #: Layers whose result depends on the values alone, and that keep the layout of maps.
 LAYERS = (
     nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.LocalResponseNorm, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6,
+    nn.LocalResponseNorm, nn.Linear, nn.Flatten, nn.Identity, nn.ReLU, nn.ReLU6,
     nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
     nn.LogSoftmax, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample, nn.BatchNorm1d,
 )  # fmt: skip
@@ -25,19 +25,24 @@ FUNCTIONS = {
     operator.mul, operator.sub, operator.truediv, operator.pow, operator.neg, operator.getitem, operator.floordiv,
     torch.cat, torch.flatten, torch.mul, torch.sub, torch.div, torch.pow, torch.mean, torch.sum, torch.sqrt,
     torch.sigmoid, torch.tanh, torch.chunk, torch.split, torch.clamp, torch.exp, torch.log, torch.abs, getattr,
-    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.dropout, F.dropout2d, F.relu6, F.leaky_relu, F.elu,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.relu6, F.leaky_relu, F.elu,
     F.gelu, F.silu, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, F.softmax, F.log_softmax, F.pad, F.interpolate,
 }  # fmt: skip
+#: Draws one number for a whole image, in torchvision: the layout does not matter.
+DRAWS_BY_IMAGE = "stochastic_depth"
+#: Draw a number for each element in the order of memory: in training another layout would drop other elements.
+DRAWING_LAYERS = (nn.Dropout, nn.Dropout2d)
+DRAWING_FUNCTIONS = {F.dropout, F.dropout2d}
 METHODS = {
     *match.METHODS, "size", "dim", "flatten", "mean", "sum", "mul", "sub", "div", "pow", "sqrt", "sigmoid", "tanh",
     "chunk", "split", "clamp", "softmax", "log_softmax", "exp", "abs", "float", "to", "detach", "reshape",
 }  # fmt: skip
 
 
-def keeps_values(graph: fx.Graph) -> bool:
+def keeps_values(graph: fx.Graph, training: bool) -> bool:
     """Whether every function in the graph gives the same values in any layout; views become reshapes."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target not in FUNCTIONS:
+        if node.op == "call_function" and not _function_keeps_values(node.target, training):
             return False
         if node.op == "call_method" and node.target not in METHODS:
             source = node.args[0]
@@ -46,28 +51,37 @@ def keeps_values(graph: fx.Graph) -> bool:
     return True
 
 
-def without_views(graph: fx.Graph) -> None:
+def _function_keeps_values(function: Any, training: bool) -> bool:
+    if function in DRAWING_FUNCTIONS:
+        return not training
+    return function in FUNCTIONS or getattr(function, "__name__", "") == DRAWS_BY_IMAGE
+
+
+def without_views(graph: fx.Graph) -> bool:
     """A view of a channels_last map fails where one of a contiguous map doesn't; a reshape copies then."""
-    for node in graph.nodes:
-        if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"
+    views = [node for node in graph.nodes if node.op == "call_method" and node.target == "view"]
+    for node in views:
+        node.target = "reshape"
+    return bool(views)
 
 
-def islands(module: nn.Module, graphs: dict[nn.Module, list[fx.Graph]]) -> list[nn.Module]:
-    """The largest modules that can work in channels_last and contain a convolution."""
-    if _is_safe(module, graphs):
+def islands(
+    module: nn.Module, graphs: dict[nn.Module, list[fx.Graph]], training: bool
+) -> list[nn.Module]:
+    """The largest modules that can work in channels_last, in this mode, and contain a convolution."""
+    if _is_safe(module, graphs, training):
         convolves = any(type(child) is nn.Conv2d for child in module.modules())
         return [module] if convolves and module in graphs else []
-    return [found for child in module.children() for found in islands(child, graphs)]
+    return [found for child in module.children() for found in islands(child, graphs, training)]
 
 
-def _is_safe(module: nn.Module, graphs: dict[nn.Module, list[fx.Graph]]) -> bool:
+def _is_safe(module: nn.Module, graphs: dict[nn.Module, list[fx.Graph]], training: bool) -> bool:
     if _observed(module):
         return False
     if module not in graphs:
-        return type(module) in LAYERS
-    return all(map(keeps_values, graphs[module])) and all(
-        _is_safe(child, graphs) for child in _called(module, graphs[module])
+        return type(module) in LAYERS or (type(module) in DRAWING_LAYERS and not training)
+    return all(keeps_values(graph, training) for graph in graphs[module]) and all(
+        _is_safe(child, graphs, training) for child in _called(module, graphs[module])
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastalex import ops
+from fastalex import _onnx, ops
 from fastalex._optimize.fold import folded
 
 #: A ReLU as the graph had it: a module, True for a call of the function, None for none.
@@ -46,7 +46,7 @@ def _real(input: Tensor) -> bool:
 
 
 def _dense_weight(module: nn.Module) -> bool:
-    return type(module.weight) in _PLAIN_TENSORS
+    return type(module.weight) in _PLAIN_TENSORS or torch.compiler.is_compiling()
 
 
 def _rectify(input: Tensor, relu: ReLU) -> Tensor:
@@ -86,6 +86,7 @@ def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
     return (
         _plain(norm, nn.BatchNorm2d)
         and not norm.training
+        and not _onnx.exporting()  # a reader of the file folds constants, or wants to train
         and norm.running_mean is not None
         and norm.running_mean.dtype is weight.dtype
     )

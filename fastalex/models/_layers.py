@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastalex import ops
 from fastalex._geometry import pooled_size
-from fastalex.ops import Conv2dReLU, LocalResponseNorm, LRNMaxPool2d, MaxPool2d
+from fastalex.ops import Conv2dReLU, Linear, LinearReLU, LocalResponseNorm, LRNMaxPool2d, MaxPool2d
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 NORMS = ("lrn", "batchnorm", "none")
@@ -72,12 +73,15 @@ class DropConnectLinear(nn.Linear):
     One mask a batch; kept weights are scaled by 1 / (1 - p), so that evaluation needs no change.
     """
 
-    def __init__(self, in_features: int, out_features: int, p: float) -> None:
+    def __init__(self, in_features: int, out_features: int, p: float, fused: bool) -> None:
         super().__init__(in_features, out_features)
         self.p = p
+        self.fused = fused
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, F.dropout(self.weight, self.p, self.training), self.bias)
+        kept = F.dropout(self.weight, self.p, self.training)
+        output: Tensor = (ops.linear if self.fused else F.linear)(input, kept, self.bias)
+        return output
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"
@@ -96,6 +100,20 @@ def conv_relu(fused: bool, *args: Any, **kwargs: Any) -> nn.Sequential:
     """A convolution and its ReLU as one child of a network, with the weight at ``conv.weight``."""
     conv, relu = convolution(fused, "relu", *args, **kwargs)
     return nn.Sequential(OrderedDict(conv=conv, relu=relu))
+
+
+def linear(
+    fused: bool, activation: str, inputs: int, outputs: int, dropconnect: float
+) -> tuple[nn.Module, nn.Module]:
+    """A fully connected layer and its activation, as above; DropConnect has no fused layer."""
+    if fused and activation == "relu" and not dropconnect:
+        return LinearReLU(inputs, outputs), nn.Identity()
+    layer = (
+        DropConnectLinear(inputs, outputs, dropconnect, fused)
+        if dropconnect
+        else (Linear if fused else nn.Linear)(inputs, outputs)
+    )
+    return layer, ACTIVATIONS[activation]()
 
 
 def max_pool(fused: bool, kind: str, ceil_mode: bool = False) -> nn.Module:

@@ -13,13 +13,14 @@ from fastalex.models._layers import (
     ACTIVATIONS,
     NORMS,
     POOLS,
-    DropConnectLinear,
     convolution,
     images,
+    linear,
     local_response_norm,
     max_pool,
     norm_and_pool,
 )
+from fastalex.ops import Linear
 
 #: Section 3.3 of the paper.
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
@@ -263,20 +264,13 @@ class AlexNet(nn.Module):
             # torchvision drops the inputs of each hidden layer, the paper its outputs.
             if self.column == "torchvision":
                 layers[f"drop{n}"] = nn.Dropout(dropout)
-            layers[f"fc{n}"] = (
-                DropConnectLinear(inputs, hidden, dropconnect)
-                if dropconnect
-                else nn.Linear(inputs, hidden)
-            )
-            layers[f"relu{n}"] = (
-                nn.ReLU(inplace=self.fused)
-                if self.activation == "relu"
-                else ACTIVATIONS[self.activation]()
+            layers[f"fc{n}"], layers[f"relu{n}"] = linear(
+                self.fused, self.activation, inputs, hidden, dropconnect
             )
             if self.column != "torchvision":
                 layers[f"drop{n}"] = nn.Dropout(dropout)
             inputs = hidden
-        layers["fc8"] = nn.Linear(inputs, num_classes)
+        layers["fc8"] = (Linear if self.fused else nn.Linear)(inputs, num_classes)
         return layers
 
     @torch.no_grad()
@@ -298,7 +292,7 @@ class AlexNet(nn.Module):
     def replace_head(self, num_classes: int) -> None:
         """Puts a new last layer, N(0, 0.01) and bias zero, in the place of the old one: the start of fine-tuning."""
         old = self.head
-        new = nn.Linear(
+        new = type(old)(
             old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype
         )
         nn.init.normal_(new.weight, std=0.01)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex import _tuning, reference
+from fastalex import _onnx, _tuning, reference
 from fastalex.backends import KernelTable, forced
 
 LIBRARY = torch.library.Library("fastalex", "DEF")
@@ -17,6 +17,7 @@ LIBRARY = torch.library.Library("fastalex", "DEF")
 REGISTRY: dict[str, Operator] = {}
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # Bound once, because looking them up at every call costs as much as calling them.
 _compiling = torch.compiler.is_compiling
@@ -62,8 +63,8 @@ def gradients_may_follow(input: Tensor) -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether forward-mode or torch.func derivatives are taken: torch.library operators have none."""
-    if _forward_ad._current_level >= 0:
+    """Whether forward-mode or torch.func derivatives are taken, or ONNX is written: these operators have neither."""
+    if _onnx.exporting() or _forward_ad._current_level >= 0:
         return True
     if _compiling() or _transforms() is None:
         return False
@@ -74,6 +75,12 @@ def needs_reference() -> bool:
 def _with_tuples(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The dispatcher makes lists of what kernels know as tuples."""
     return tuple(tuple(value) if isinstance(value, list) else value for value in args)
+
+
+def autocasting(input: Tensor) -> bool:
+    """Whether ``input`` is in an autocast region of its device."""
+    device = input.device.type
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 class Operator:
@@ -102,6 +109,8 @@ class Operator:
         go past both, to the kernel or to the same formula as a :class:`torch.autograd.Function`.
         """
         if _is_observed():
+            if _onnx.exporting():
+                return _onnx.FORMS.get(self.name, self._reference)(*args)
             return (self._reference if needs_reference() else self.dispatch)(*args)
         wants_grad = False
         for tensor in args[: self._tensors]:
@@ -184,6 +193,25 @@ class Operator:
             return tuple(gradients)
 
         self.register_autograd(backward, setup)
+
+    def register_autocast(self, tensors: int) -> None:
+        """Casts the first ``tensors`` arguments as autocast does for its fast operators: float64 is left alone."""
+        for device in _AUTOCAST_DEVICES:
+            LIBRARY.impl(self.name, self._autocast(device, tensors), f"Autocast{device.upper()}")
+
+    def _autocast(self, device: str, tensors: int) -> Callable[..., Any]:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def cast(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            narrow = (
+                value.to(dtype) if value is not None and value.dtype != torch.float64 else value
+                for value in args[:tensors]
+            )
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return self.dispatch(*narrow, *args[tensors:])
+
+        return cast
 
     def register_vmap(self, batched: Sequence[int]) -> None:
         """Under vmap, folds the mapped dimension of the arguments ``batched`` into their batch.

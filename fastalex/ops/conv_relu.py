@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,9 +12,13 @@ from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu_conv, _cuda, _triton
 from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
-from fastalex.ops._operator import LIBRARY, Operator, needs_dispatcher, needs_reference
+from fastalex.ops._operator import (
+    Operator,
+    autocasting,
+    needs_dispatcher,
+    needs_reference,
+)
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 
@@ -106,29 +109,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 CONV_RELU.register_autograd(_backward, _save)
 CONV_RELU_BACKWARD.differentiate_reference(reference.conv_relu_backward, tensors=[0, 2, 3])
-
-
-def _autocast(device: str) -> Any:
-    def cast(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        """What autocast does to conv2d: everything in the region's dtype, float64 left alone."""
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [
-            tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor
-            for tensor in (input, weight, bias)
-        ]
-        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
-            output: Tensor = CONV_RELU.dispatch(*tensors, *geometry)
-        return output
-
-    return cast
-
-
-def _autocast_keys(device: str) -> Any:
-    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-
-for _device in _AUTOCAST_DEVICES:
-    LIBRARY.impl("conv_relu", _autocast(_device), f"Autocast{_device.upper()}")
+CONV_RELU.register_autocast(3)
 CONV_RELU.register_vmap([0])
 CONV_RELU_BACKWARD.register_vmap([])
 
@@ -171,7 +152,7 @@ def _check(
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
-        if tensor is not None and tensor.dtype != input.dtype and not _autocasting(input):
+        if tensor is not None and tensor.dtype != input.dtype and not autocasting(input):
             raise TypeError(
                 f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
             )
@@ -194,11 +175,6 @@ def _check(
                 f"{name}: a kernel of {tuple(weight.shape[2:])} with dilation {dilation} does not "
                 f"fit input {tuple(input.shape)} with padding {padding}"
             )
-
-
-def _autocasting(input: Tensor) -> bool:
-    device = input.device.type
-    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def conv2d_relu(
@@ -242,7 +218,7 @@ def conv2d_relu(
         batched, pads = F.pad(batched, pads), (0, 0)
     _check(batched, weight, bias, pads, spread, groups)
     arguments = (batched, weight, bias, steps, pads, spread, groups)
-    if needs_dispatcher(input, weight, bias) or _autocasting(input):
+    if needs_dispatcher(input, weight, bias) or autocasting(input):
         forward = reference.conv_relu if needs_reference() else CONV_RELU.dispatch
         output: Tensor = forward(*arguments)
     else:

@@ -2,6 +2,7 @@
 
 from fastalex.reference.augment import augment
 from fastalex.reference.conv_relu import conv_relu, conv_relu_backward
+from fastalex.reference.linear_relu import linear_relu, linear_relu_backward
 from fastalex.reference.lrn import lrn, lrn_backward
 from fastalex.reference.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
 from fastalex.reference.max_pool import max_pool, max_pool_backward, offsets_to_indices
@@ -10,6 +11,8 @@ __all__ = [
     "augment",
     "conv_relu",
     "conv_relu_backward",
+    "linear_relu",
+    "linear_relu_backward",
     "lrn",
     "lrn_backward",
     "lrn_max_pool",

@@ -71,6 +71,22 @@ class Conv:
         return weight, bias
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A linear_relu of an input [*rows, inputs]."""
+
+    rows: tuple[int, ...]
+    inputs: int
+    outputs: int
+    bias: bool = True
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """Random input, weight and bias."""
+        shapes = ((*self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,))
+        made = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+        return made if self.bias else made[:2]
+
+
 # Channel counts stand around the vector widths (4, 8, 16) and around n; plane sizes around the 512 of a work item.
 LRN_CASES = (
     LRN((2, 96, 7, 9)),
@@ -138,6 +154,22 @@ CONV_CASES = (
     Conv((1, 3, 3, 3), 33),  # one output pixel
     Conv((0, 3, 9, 9), 4),
     Conv((3, 9, 9), 4, padding=1),
+)
+
+# Rows, inputs and outputs stand around the register block, the vector and the 1024 inputs of a pass.
+LINEAR_CASES = (
+    Linear((1,), 9, 7),
+    Linear((4,), 64, 96),
+    Linear((5,), 1040, 13),
+    Linear((33,), 47, 50, bias=False),
+    Linear((130,), 33, 9),  # more rows than a job takes
+    Linear((2, 3, 4), 17, 5),
+    Linear((), 18, 4),
+    Linear((3,), 1, 1),
+    Linear((3,), 300, 600),  # more strips and blocks than one, in each gradient
+    Linear((0,), 8, 3),
+    Linear((2, 0), 8, 3),
+    Linear((3,), 0, 4),
 )
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expanded", "transposed")

@@ -134,27 +134,24 @@ void* linear_plan(int isa, int dtype, int64_t rows, int inputs, int outputs, int
       kernels_of(isa), {static_cast<cpu::DType>(dtype), rows, inputs, outputs, relu != 0}, threads);
 }
 void linear_free(void* plan) { delete static_cast<linear::Plan*>(plan); }
-size_t linear_packed_bytes(void* plan) { return static_cast<linear::Plan*>(plan)->packed_bytes(); }
-size_t linear_scratch_bytes(void* plan) {
-  return static_cast<linear::Plan*>(plan)->scratch_bytes();
+size_t linear_forward_scratch_bytes(void* plan) {
+  return static_cast<linear::Plan*>(plan)->forward_scratch_bytes();
 }
-double linear_pack(void* plan, const void* weight, void* packed) {
-  const auto start = std::chrono::steady_clock::now();
-  static_cast<linear::Plan*>(plan)->pack(weight, packed);
-  return seconds_since(start);
+size_t linear_backward_scratch_bytes(void* plan) {
+  return static_cast<linear::Plan*>(plan)->backward_scratch_bytes();
 }
-double linear_forward(void* plan, const void* input, const void* packed, const void* bias,
+double linear_forward(void* plan, const void* input, const void* weight, const void* bias,
                       void* output, void* scratch) {
   const auto start = std::chrono::steady_clock::now();
-  static_cast<linear::Plan*>(plan)->forward({input, packed, bias, output, scratch});
+  static_cast<linear::Plan*>(plan)->forward({input, weight, bias, output, scratch});
   return seconds_since(start);
 }
 double linear_backward(void* plan, const void* gradient, const void* output, const void* input,
-                       const void* packed, void* input_gradient, void* weight_gradient,
+                       const void* weight, void* input_gradient, void* weight_gradient,
                        void* bias_gradient, void* scratch) {
   const auto start = std::chrono::steady_clock::now();
   static_cast<linear::Plan*>(plan)->backward(
-      {gradient, output, input, packed, input_gradient, weight_gradient, bias_gradient, scratch});
+      {gradient, output, input, weight, input_gradient, weight_gradient, bias_gradient, scratch});
   return seconds_since(start);
 }
 

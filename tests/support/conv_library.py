@@ -90,9 +90,8 @@ def library() -> ctypes.CDLL:
         "conv_weight_gradient": (ctypes.c_double, [pointer] * 11),
         "linear_plan": (pointer, [integer] * 2 + [ctypes.c_int64] + [integer] * 4),
         "linear_free": (None, [pointer]),
-        "linear_packed_bytes": (size, [pointer]),
-        "linear_scratch_bytes": (size, [pointer]),
-        "linear_pack": (ctypes.c_double, [pointer] * 3),
+        "linear_forward_scratch_bytes": (size, [pointer]),
+        "linear_backward_scratch_bytes": (size, [pointer]),
         "linear_forward": (ctypes.c_double, [pointer] * 6),
         "linear_backward": (ctypes.c_double, [pointer] * 9),
     }
@@ -278,27 +277,29 @@ class LinearPlan:
             *(ISA_CODES[self.isa], DTYPES[self.dtype], self.rows, self.inputs, self.outputs),
             *(int(self.relu), self.threads),
         )
-        self.sizes = (lib.linear_packed_bytes(self.handle), lib.linear_scratch_bytes(self.handle))
-        self.packed, self.scratch = (lib.conv_buffer(size + 64) for size in self.sizes)
-        for data, size in zip((self.packed, self.scratch), self.sizes, strict=True):
+        self.sizes = (
+            lib.linear_forward_scratch_bytes(self.handle),
+            lib.linear_backward_scratch_bytes(self.handle),
+        )
+        self.buffers = tuple(lib.conv_buffer(size + 64) for size in self.sizes)
+        for data, size in zip(self.buffers, self.sizes, strict=True):
             ctypes.memset(data, 0xFF, size + 64)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             library().linear_free(self.handle)
-            library().conv_buffer_free(self.packed)
-            library().conv_buffer_free(self.scratch)
+            for buffer in self.buffers:
+                library().conv_buffer_free(buffer)
 
     def assert_canaries(self) -> None:
-        for data, size in zip((self.packed, self.scratch), self.sizes, strict=True):
+        for data, size in zip(self.buffers, self.sizes, strict=True):
             assert ctypes.string_at(data + size, 64) == b"\xff" * 64
 
-    def pack(self, weight: torch.Tensor) -> float:
-        return library().linear_pack(self.handle, _pointer(weight), self.packed)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> float:
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> float:
         return library().linear_forward(
-            self.handle, _pointer(x), self.packed, _pointer(bias), _pointer(out), self.scratch
+            self.handle, *map(_pointer, (x, weight, bias, out)), self.buffers[0]
         )
 
     def backward(
@@ -306,9 +307,9 @@ class LinearPlan:
         grad: torch.Tensor,
         output: torch.Tensor | None,
         x: torch.Tensor,
+        weight: torch.Tensor,
         results: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     ) -> float:
         return library().linear_backward(
-            *(self.handle, _pointer(grad), _pointer(output), _pointer(x), self.packed),
-            *(*map(_pointer, results), self.scratch),
+            self.handle, *map(_pointer, (grad, output, x, weight, *results)), self.buffers[1]
         )

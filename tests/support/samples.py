@@ -60,6 +60,10 @@ def stock_conv_relu(*tensors: Tensor, **arguments: Any) -> Tensor:
     return F.relu(F.conv2d(*tensors, **arguments))
 
 
+def stock_linear_relu(*tensors: Tensor) -> Tensor:
+    return F.relu(F.linear(*tensors))
+
+
 _LRN = {"size": 3, "alpha": 0.3, "beta": 0.75, "k": 2.0}
 _SCALE = 0.3 / 3
 
@@ -107,6 +111,16 @@ SAMPLES = {
             ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
             {"padding": 1, "groups": 2},
             ((1, 1), (1, 1), (1, 1), 2),
+        ),
+        Sample(
+            "linear_relu",
+            ops.linear_relu,
+            stock_linear_relu,
+            lambda: ops.LinearReLU(4, 6),
+            lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU()),
+            ((2, 3, 3, 4), (6, 4), (6,)),
+            {},
+            (True,),
         ),
     )
 }

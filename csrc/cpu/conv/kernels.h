@@ -144,13 +144,32 @@ struct ScatterCall {
   int64_t channel_stride;
 };
 
+// sums[row][dot_outputs] (+)= x[row] . w[output], each sum spread over the lanes of one vector, so
+// that the rows of both matrices are read as they lie in memory.
+struct DotCall {
+  DType dtype;
+  const void* x;
+  int64_t x_stride;  // between rows, in elements
+  int64_t rows;
+  const void* w;
+  int64_t w_stride;
+  int outputs;  // 1 to dot_outputs
+  int length;   // adjacent elements of a row
+  float* sums;
+};
+
 struct ConvKernels {
-  int lanes;     // floats per vector
-  int max_rows;  // of one register block with two vectors
+  int lanes;        // floats per vector
+  int max_rows;     // of one register block with two vectors
+  int dot_outputs;  // of one DotCall
   void (*gemm)(const GemmCall&);
   void (*outer)(const OuterCall&);
   void (*gather)(const GatherCall&);
   void (*scatter)(const ScatterCall&);
+  void (*dot)(const DotCall&);
+  // out[i] = the sum of vector i's lanes, through ReLU if asked; `count` is a multiple of the
+  // lanes.
+  void (*add_lanes)(const float* vectors, int64_t count, bool relu, float* out);
   // The kernels of F(big, taps) + F(big - 1, taps), or null where there are none.
   const WinogradKernels* (*winograd)(int taps, int big);
 

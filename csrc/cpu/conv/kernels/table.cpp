@@ -2,6 +2,7 @@
 #include "../../isa.h"
 #include "../../vec.h"
 #include "copy.h"
+#include "dot.h"
 #include "gemm.h"
 #include "winograd_rows.h"
 
@@ -26,8 +27,18 @@ const conv::WinogradKernels* winograd(int taps, int big) {
 }  // namespace
 
 const conv::ConvKernels& conv_kernels() {
-  static constexpr conv::ConvKernels kernels{kLanes<float>, kMaxRows, gemm,    outer,
-                                             gather,        scatter,  winograd};
+  static constexpr conv::ConvKernels kernels{
+      .lanes = kLanes<float>,
+      .max_rows = kMaxRows,
+      .dot_outputs = kDotOutputs,
+      .gemm = gemm,
+      .outer = outer,
+      .gather = gather,
+      .scatter = scatter,
+      .dot = dot,
+      .add_lanes = add_lanes,
+      .winograd = winograd,
+  };
   return kernels;
 }
 
