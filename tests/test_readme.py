@@ -6,12 +6,15 @@ import re
 import sys
 
 import pytest
+import torch
 
-from fastalex import _native
+from fastalex import _native, models
+from fastalex.models.alexnet import PRESETS
 from fastalex.ops._operator import REGISTRY
+from tests.support import caffemodel
 from tests.support.packaging import ROOT, run
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/models.md")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Installations that test_install.py carries out.
 _INSTALL = re.compile(r"(FASTALEX_BUILD=(cpu|none) )?pip install --no-build-isolation \.")
@@ -34,7 +37,20 @@ def make_targets() -> set[str]:
     return set(phony.split())
 
 
+@pytest.fixture
+def folder_of_a_reader(tmp_path, monkeypatch):
+    """A folder with the files that docs/models.md reads, which are Caffe's in form and random in content."""
+    monkeypatch.chdir(tmp_path)
+    source = models.GoogLeNet()
+    for name, data in {
+        "bvlc_googlenet.caffemodel": caffemodel.of_model(source, source.caffe_name),
+        "places205_mean.binaryproto": caffemodel.blob(torch.rand(3, 256, 256), legacy=True),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.usefixtures("folder_of_a_reader")
 def test_python_blocks_run_and_print_what_follows_them(document, capsys):
     """The blocks of a document are one session, as a reader would type them."""
     session: dict[str, object] = {}
@@ -88,11 +104,16 @@ def test_backends_table_is_the_registry():
     assert documented == registered
 
 
-def test_presets_have_the_parameters_that_the_readme_counts():
-    from fastalex import models
-
+def test_presets_have_the_parameters_that_the_documents_count():
     (count,) = re.findall(
         r"two-tower network, ([\d,]+) parameters", (ROOT / "README.md").read_text()
     )
-    net = models.alexnet("paper")
-    assert sum(p.numel() for p in net.parameters()) == int(count.replace(",", ""))
+    assert count == f"{parameters('paper'):,}"
+    table = (ROOT / "docs/models.md").read_text()
+    counted = dict(re.findall(r"^\| `(\w+)` \|.*?\| ([\d,]{5,}) \|", table, re.MULTILINE))
+    assert counted == {name: f"{parameters(name):,}" for name in PRESETS}
+
+
+def parameters(preset: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in models.alexnet(preset).parameters())

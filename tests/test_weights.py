@@ -29,13 +29,6 @@ from fastalex.models import (
 from tests.support import caffemodel
 
 SMALL = {"hidden": 8, "num_classes": 5}
-CAFFE_FORMS = {
-    "v2": caffemodel.layer,
-    "v2-legacy": lambda *args: caffemodel.layer(*args, legacy=True),
-    "v2-double": lambda *args: caffemodel.layer(*args, double=True),
-    "v1": caffemodel.v1_layer,
-    "v0": caffemodel.v0_layer,
-}
 
 
 def tiny(classes: int = 3) -> nn.Sequential:
@@ -51,17 +44,6 @@ def tiny(classes: int = 3) -> nn.Sequential:
     )
 
 
-def caffe_bytes(model: nn.Module, names=lambda path: path.rpartition(".")[2], form="v2") -> bytes:
-    """The model as Caffe would have written it: BGR."""
-    layers = []
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            weight = module.weight.detach()
-            weight = weight.flip(1) if not layers else weight
-            layers.append(CAFFE_FORMS[form](names(path), [weight, module.bias.detach()]))
-    return caffemodel.net(caffemodel.layer("data", []), *layers, caffemodel.layer("prob", []))
-
-
 def assert_same(model: nn.Module, other: nn.Module) -> None:
     for (name, value), expected in zip(
         model.state_dict().items(), other.state_dict().values(), strict=True
@@ -72,11 +54,11 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 # --- Caffe ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", CAFFE_FORMS)
+@pytest.mark.parametrize("form", caffemodel.FORMS)
 def test_caffe_forms(tmp_path, form):
     source, model = tiny(), tiny()
     path = tmp_path / "net.caffemodel"
-    path.write_bytes(caffe_bytes(source, form=form))
+    path.write_bytes(caffemodel.of_model(source, form=form))
     assert load_weights(model, path) is model
     assert_same(model, source)
 
@@ -97,7 +79,7 @@ def test_a_caffe_network_sees_rgb(tmp_path):
 def test_alexnet_from_caffe(tmp_path, preset, fused):
     source = alexnet(preset, **SMALL)
     path = tmp_path / "net.caffemodel"
-    path.write_bytes(caffe_bytes(source, form="v1"))
+    path.write_bytes(caffemodel.of_model(source, form="v1"))
     assert_same(load_weights(alexnet(preset, fused=fused, **SMALL), path), source)
 
 
@@ -134,7 +116,7 @@ def test_googlenet_from_caffe(tmp_path):
     )  # 57 convolutions, 7 more in the auxiliary heads and the last
     assert set(GOOGLENET_LAYERS) <= set(names)
     path = tmp_path / "net.caffemodel"
-    path.write_bytes(caffe_bytes(source, source.caffe_name))
+    path.write_bytes(caffemodel.of_model(source, source.caffe_name))
     assert_same(load_weights(GoogLeNet(num_classes=5), path), source)
     without = load_weights(GoogLeNet(num_classes=5, auxiliary=False), path)
     assert torch.equal(
@@ -150,7 +132,7 @@ def test_googlenet_from_caffe(tmp_path):
 def test_network_in_network_from_caffe(tmp_path):
     source = NetworkInNetwork(5)
     path = tmp_path / "net.caffemodel"
-    path.write_bytes(caffe_bytes(source, source.caffe_name))
+    path.write_bytes(caffemodel.of_model(source, source.caffe_name))
     assert {
         source.caffe_name(n) for n in ("features.conv4", "features.cccp8", "features.cccp6")
     } == {
@@ -164,7 +146,9 @@ def test_network_in_network_from_caffe(tmp_path):
 def test_a_renamed_last_layer_is_the_last_layer(tmp_path):
     source = tiny()
     path = tmp_path / "net.caffemodel"
-    path.write_bytes(caffe_bytes(source, lambda name: "fc8_places" if name == "fc8" else name))
+    path.write_bytes(
+        caffemodel.of_model(source, lambda name: "fc8_places" if name == "fc8" else name)
+    )
     assert_same(load_weights(tiny(), path), source)
     kept = tiny(7)
     head = copy.deepcopy(kept.fc8)
@@ -350,15 +334,21 @@ def wrapped(blob: bytes) -> bytes:
     [
         (b"", "no layer has weights; is it a .caffemodel"),
         (b"not a caffemodel", "not a Caffe file, or a damaged one|no layer has weights"),
-        (caffe_bytes(tiny())[:-40], "not a Caffe file, or a damaged one"),
+        (caffemodel.of_model(tiny())[:-40], "not a Caffe file, or a damaged one"),
         (wrapped(declared(1 << 40, 1 << 40)), "a blob of shape .* has 16 bytes of torch.float32"),
         (wrapped(declared(-1, -4)), r"a blob of shape \[-1, -4\]"),
         (wrapped(declared(0, values=0)), r"a blob of shape \[0\] has 0 bytes"),
         (wrapped(declared(5)), r"a blob of shape \[5\] has 16 bytes of torch.float32"),
         (wrapped(declared(*[1] * 4000, 4)), "conv1.weight|missing"),
-        (caffe_bytes(tiny(9)), r"fc8.weight is \[9, 4\] and .* build the model with num_classes=9"),
-        (caffe_bytes(tiny(), lambda name: name + "x"), "conv1.weight, conv1.bias, .* missing"),
-        (caffe_bytes(tiny()) * 2, "two layers are named 'conv1'"),
+        (
+            caffemodel.of_model(tiny(9)),
+            r"fc8.weight is \[9, 4\] and .* build the model with num_classes=9",
+        ),
+        (
+            caffemodel.of_model(tiny(), lambda name: name + "x"),
+            "conv1.weight, conv1.bias, .* missing",
+        ),
+        (caffemodel.of_model(tiny()) * 2, "two layers are named 'conv1'"),
         (caffemodel.net(caffemodel.layer("conv1", [torch.ones(2, 3, 3, 3)])), "missing"),
     ],
 )
@@ -381,7 +371,9 @@ def test_a_missing_file_is_an_os_error(tmp_path, suffix):
 def whole_files() -> dict[str, bytes]:
     """One good file of each kind."""
     torch.manual_seed(0)
-    files = {f".caffemodel/{form}": caffe_bytes(tiny(), form=form) for form in CAFFE_FORMS}
+    files = {
+        f".caffemodel/{form}": caffemodel.of_model(tiny(), form=form) for form in caffemodel.FORMS
+    }
     for zipped in (True, False):
         buffer = io.BytesIO()
         torch.save(tiny().state_dict(), buffer, _use_new_zipfile_serialization=zipped)

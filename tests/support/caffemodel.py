@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Blobs = Iterable[Tensor]
 
@@ -61,3 +61,27 @@ def v0_layer(name: str, blobs: Blobs, **kind: bool) -> bytes:
 
 def net(*layers: bytes) -> bytes:
     return chunk(1, b"net") + b"".join(layers)
+
+
+FORMS = {
+    "v2": layer,
+    "v2-legacy": lambda *args: layer(*args, legacy=True),
+    "v2-double": lambda *args: layer(*args, double=True),
+    "v1": v1_layer,
+    "v0": v0_layer,
+}
+
+
+def last_part(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def of_model(model: nn.Module, names: Callable[[str], str] = last_part, form: str = "v2") -> bytes:
+    """The model as Caffe would have written it: for BGR images, among layers without weights."""
+    layers: list[bytes] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            weight = module.weight.detach()
+            weight = weight.flip(1) if not layers else weight
+            layers.append(FORMS[form](names(path), [weight, module.bias.detach()]))
+    return net(layer("data", []), *layers, layer("prob", []))
