@@ -43,12 +43,21 @@ def reference_step(**changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {name: p.grad for name, p in net.named_parameters()}
 
 
+def reference_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The network and its optimiser after a step."""
+    net = small_network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, *batch())
+    optimizer.step()
+    return net.state_dict(), optimizer.state_dict()["state"]
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """By the names that the parameters have in the network."""
     found = {}
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
-        found[name.replace("module.", "")] = parameter.grad
+        found[name.replace("module.", "")] = parameter.grad.clone()
     return found
 
 
@@ -143,4 +152,11 @@ def test_processes(split: str, ranks: int, tmp_path: pathlib.Path) -> None:
             assert_close(merged, expected)
     else:
         assert_close(parallel.merge(found), expected)
+    model, kept = reference_state()
+    for share in shares:  # the whole state, on every rank
+        assert_close(share["model"], model)
+        velocities = {
+            str(i): one["momentum_buffer"] for i, one in share["optimizer"]["state"].items()
+        }
+        assert_close(velocities, {str(i): one["momentum_buffer"] for i, one in kept.items()})
     assert all(share["bytes_received"] == shares[0]["bytes_received"] > 0 for share in shares)

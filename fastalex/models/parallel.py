@@ -172,8 +172,19 @@ def _average(parameters: Iterable[nn.Parameter], ranks: int) -> None:
         parameter.register_hook(lambda grad: grad / ranks)
 
 
+def _plain(name: str) -> str:
+    """A parameter's name in the network, without what DistributedDataParallel puts into it."""
+    return name.replace("module.", "")
+
+
 class _Sharded(nn.Module):
-    """What both splits over processes share: this rank's place, its gathers and the count of what they move."""
+    """What both splits over processes share: this rank's place, its gathers, and the whole state in one piece.
+
+    Checkpoints hold the whole state, so a run may go on with another split, or none.
+    """
+
+    #: What the names of the parameters begin with of which a rank has only its rows.
+    sharded: tuple[str, ...]
 
     def __init__(self, net: AlexNet, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -195,6 +206,52 @@ class _Sharded(nn.Module):
     def _gather_channels(self, parts: list[Tensor]) -> list[Tensor]:
         return [self._gather(part) for part in parts]
 
+    def _whole(self, name: str, value: Any) -> Any:
+        """A parameter, or what an optimiser keeps of it, with every rank's rows."""
+        if not isinstance(value, Tensor) or value.dim() == 0 or not name.startswith(self.sharded):
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.ranks)]
+        dist.all_gather(parts, value.detach().contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def _share(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or not name.startswith(self.sharded):
+            return value
+        return value.chunk(self.ranks)[self.rank]
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the network in one process, on every rank; all ranks must call it together."""
+        return {_plain(name): self._whole(name, value) for name, value in self.state_dict().items()}
+
+    def load_merged_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes this rank's rows of the whole network's state dict."""
+        names = self.state_dict()
+        self.load_state_dict({name: self._share(name, state[_plain(name)]) for name in names})
+
+    def merged_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state dict that the optimiser would have in one process; all ranks must call it together."""
+        return self._convert(optimizer, optimizer.state_dict(), self._whole)
+
+    def load_merged_optimizer_state(
+        self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Takes this rank's rows of the single process's optimiser state."""
+        optimizer.load_state_dict(self._convert(optimizer, state, self._share))
+
+    def _convert(
+        self,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        convert: Callable[[str, Any], Any],
+    ) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        kept = {
+            index: {key: convert(order[index], value) for key, value in of_one.items()}
+            for index, of_one in state["state"].items()
+        }
+        return {**state, "state": kept}
+
 
 class TowerProcesses(_Sharded):
     """One tower of a two-tower network in this process; the other ranks of ``group`` hold the others.
@@ -205,6 +262,8 @@ class TowerProcesses(_Sharded):
     Raises:
         RuntimeError: with no process group. ValueError: as :class:`TowerDevices`.
     """
+
+    sharded = ("features.", "classifier.")
 
     def __init__(self, net: AlexNet, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(net, group)
@@ -234,6 +293,8 @@ class Hybrid(_Sharded):
     Raises:
         RuntimeError: with no process group. ValueError: where the fully connected layers do not divide.
     """
+
+    sharded = ("classifier.",)
 
     def __init__(self, net: AlexNet, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(net, group)

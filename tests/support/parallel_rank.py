@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import sys
 
@@ -30,8 +31,22 @@ def main() -> None:
         module = TowerProcesses(small_network(), mesh.get_group("tower"))
         net = DistributedDataParallel(module, process_group=mesh.get_group("data"))
         images, targets = images.chunk(2)[rank // 2], targets.chunk(2)[rank // 2]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     loss = step(net, images, targets)
     found = {"loss": loss, "gradients": gradients(module), "bytes_received": module.bytes_received}
+    optimizer.step()
+    found["model"] = copy.deepcopy(module.merged_state_dict())
+    found["optimizer"] = copy.deepcopy(module.merged_optimizer_state(optimizer))
+    # Back into a rank that went on: everything as it was.
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    step(net, images, targets)
+    optimizer.step()
+    module.load_merged_state_dict(found["model"])
+    module.load_merged_optimizer_state(optimizer, found["optimizer"])
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    again = module.merged_optimizer_state(optimizer)
+    for index, kept in found["optimizer"]["state"].items():
+        assert torch.equal(again["state"][index]["momentum_buffer"], kept["momentum_buffer"])
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
