@@ -11,10 +11,16 @@ import torch
 from fastalex import _native, models
 from fastalex.models.alexnet import PRESETS
 from fastalex.ops._operator import REGISTRY
-from tests.support import caffemodel
+from tests.support import caffemodel, line_links
 from tests.support.packaging import ROOT, run
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/models.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "docs/models.md",
+    "docs/paper-to-code.md",
+)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Installations that test_install.py carries out.
 _INSTALL = re.compile(r"(FASTALEX_BUILD=(cpu|none) )?pip install --no-build-isolation \.")
@@ -91,6 +97,13 @@ def test_links_and_named_files_exist(document):
         assert (ROOT / document).parent.joinpath(path).exists(), path
     for path in named:
         assert (ROOT / path).exists(), path
+
+
+def test_links_to_definitions_have_their_lines() -> None:
+    """Mended by ``python -m tests.support.line_links``."""
+    for name in line_links.DOCUMENTS:
+        document = ROOT / name
+        assert document.read_text() == line_links.corrected(document)
 
 
 def test_backends_table_is_the_registry():
