@@ -126,7 +126,7 @@ def resident():
 
 def calls(count):
     for index in range(count):
-        tensors = sample.tensors(torch.float32, requires_grad=True)
+        tensors = [tensor.requires_grad_() for tensor in sample.tensors(torch.float32)]
         sample.call(*tensors).sum().backward()
         with torch.no_grad():
             sample.call(*tensors)

@@ -123,8 +123,12 @@ bool is_channels_last(const Tensor& tensor) {
 
 Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const auto failed = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                               aoti_torch_device_type_cpu(), 0, &handle);
+  double elements = 1;
+  for (size_t d = 0; d < sizes.size(); ++d) elements *= static_cast<double>(sizes[d]);
+  STD_TORCH_CHECK(failed == 0, "fastalex: not enough memory for a result of ", elements,
+                  " elements");
   Tensor tensor(handle);
   const int64_t bytes = tensor.numel() * tensor.element_size();
   use_huge_pages(tensor.mutable_data_ptr(), bytes);

@@ -31,7 +31,8 @@ Activation read_as(const Tensor& tensor, bool channels_last);
 // Whether results of a tensor's shape should be channels last, as its own layout is.
 bool is_channels_last(const Tensor& tensor);
 
-// New memory, NaN-filled under test. dtype: an aoti_torch_dtype_* code.
+// New memory, NaN-filled under test; throws where there is not enough. dtype: an aoti_torch_dtype_*
+// code.
 Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides);
 
 // A new dense activation of `sizes` in the given layout.

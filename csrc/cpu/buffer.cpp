@@ -6,7 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #if defined(__linux__)
@@ -64,7 +65,8 @@ void Buffer::reserve(size_t bytes) {
     data_ = static_cast<char*>(std::aligned_alloc(huge ? kHugePage : kAlignment, capacity_));
     if (data_ == nullptr) {
       capacity_ = 0;
-      throw std::bad_alloc();
+      throw std::runtime_error("fastalex: not enough memory for " + std::to_string(bytes) +
+                               " bytes of working memory");
     }
     use_huge_pages(data_, capacity_);
   }

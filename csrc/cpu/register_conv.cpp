@@ -153,10 +153,7 @@ Tensor create_like(const Tensor& like, const int64_t (&sizes)[4]) {
 
 Tensor create_vector(const Tensor& like, int64_t size) {
   const int64_t stride = 1;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype_code(like),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(dtype_code(like), Sizes(&size, 1), Sizes(&stride, 1));
 }
 
 // The plan's weights, packed or kept from an earlier call.
