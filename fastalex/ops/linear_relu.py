@@ -52,6 +52,8 @@ def _refuse(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
         return "it takes float32, bfloat16 and float16, and this tensor is torch.float64"
     if not weight.is_contiguous():
         return "it reads weight [O, I] row by row, and this one is transposed or sliced: make it contiguous"
+    if input.numel() >= 2**30 and input.shape[:-1].numel() >= 2**30 - 1:
+        return "it takes fewer than 2^30 rows: split the batch"
     return _cpu.refuse(input)
 
 
