@@ -8,7 +8,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # nvcc takes minutes an architecture: `make build FASTALEX_BUILD=cuda` asks for it, and FASTALEX_CUDA_ARCH=90 for one.
 export FASTALEX_BUILD ?= cpu
 
-.PHONY: build venv test test-all bench lint wheel abi clean
+.PHONY: build venv test test-all bench gpu-check lint wheel abi clean
 
 build: $(VENV)/.built
 venv: $(VENV)/.tools
@@ -35,6 +35,10 @@ test-all: build
 
 bench: build
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Needs a GPU: its tests, compute-sanitizer where installed, and each backend as a share of the roof, in one file.
+gpu-check: build
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

@@ -141,6 +141,8 @@ _receiving = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Planned))(_receive)
 
 def call(op: str, args: Sequence[Any], start: Callable[[Launch], None]) -> Any:
     """Runs an operator of the planner, giving each of its launches to ``start`` while its tensors are alive."""
+    if (reason := planner_error()) is not None:
+        raise RuntimeError(reason)
     before, _receiver.start, _receiver.error = _receiver.start, start, None
     try:
         return getattr(torch.ops.fastalex_cuda_plan, op).default(*args)

@@ -16,7 +16,9 @@ from fastalex.ops import _cuda as ops_cuda
 from fastalex.ops._operator import REGISTRY
 
 CALLS = {"lrn": (5,), "max_pool": (3, 2), "lrn_max_pool": (5,)}
-OPERATORS = [f"{name}{way}" for name in (*CALLS, "conv_relu") for way in ("", "_backward")]
+OPERATORS = [
+    f"{name}{way}" for name in (*CALLS, "conv_relu", "linear_relu") for way in ("", "_backward")
+]
 
 
 def fake(*shape, dtype=torch.float16, device="cuda"):
@@ -100,7 +102,7 @@ def test_explain_names_kernel_grid_and_shared_memory(built):
 def test_explain_follows_torch_s_setting_of_float32(built, monkeypatch):
     x, weight = fake(2, 8, 9, 9, dtype=torch.float32), fake(4, 8, 3, 3, dtype=torch.float32)
     for rounded, kernel in ((True, "Tf32Math"), (False, "FmaMath")):
-        monkeypatch.setattr(ops_cuda, "float32_in_tf32", lambda rounded=rounded: rounded)
+        monkeypatch.setattr(ops_cuda, "float32_in_tf32", lambda op, rounded=rounded: rounded)
         assert kernel in verdicts("conv_relu", x, weight)["cuda"]
 
 
@@ -110,9 +112,17 @@ def test_float32_precision_is_torch_s():
     try:
         for told, rounded in (("tf32", True), ("ieee", False)):
             conv.fp32_precision = told
-            assert ops_cuda.float32_in_tf32() is rounded
+            assert ops_cuda.float32_in_tf32("conv_relu") is rounded
     finally:
         conv.fp32_precision = before
+
+
+def test_a_fully_connected_layer_is_a_convolution_of_one_tap(built):
+    told = verdicts("linear_relu", fake(128, 9216), fake(4096, 9216), fake(4096))["cuda"]
+    assert "conv_relu<HalfMath<__half>" in told
+    assert "pack_weight" not in told  # the weight is read as it lies
+    told = verdicts("linear_relu", fake(128, 0), fake(4096, 0))["cuda"]
+    assert "nothing to multiply" in told
 
 
 def test_explain_without_the_planner_still_answers(built, monkeypatch):

@@ -96,7 +96,7 @@ inline ConvJob make_conv_job(DType dtype, const View& input, const View& weight,
   ConvJob job;
   ConvPlan& p = job.plan;
   const int values = wide_values(dtype);
-  p.transposed = transposed, p.relu = !transposed, p.bias = bias;
+  p.transposed = transposed, p.relu = !transposed && params.relu, p.bias = bias;
   p.x = input.data, p.y = output.data, p.x_stride = input.strides(), p.y_stride = output.strides();
   p.images = to_int(input.size[0], "the batch"), p.groups = params.groups;
   p.channels_in = to_int(input.size[1] / params.groups, "the number of channels");

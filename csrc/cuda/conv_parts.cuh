@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kPartThreads) pack_weight(const PackPlan p) {
 // block's share of the bias gradient: a thread walks down `pixels` pixels of one channel. A NaN
 // output passes its gradient on, as in torch.
 struct MaskPlan {
-  const void *grad, *output;
+  const void *grad, *output;  // without an output, nothing is masked
   void* dz;
   float* bias_partial;  // [blocks of pixels][groups * padded channels]
   Strides grad_stride, output_stride;
@@ -80,15 +80,16 @@ __global__ void __launch_bounds__(kPartThreads) mask_gradient(const MaskPlan p) 
     const int row = line - image * p.height, at = static_cast<int>(pixel) - line * p.width;
     float g[1] = {0.0f};
     if (inside < p.channels) {
-      float y[1];
       load_values(static_cast<const T*>(p.grad) + image * p.grad_stride.image +
                       channel * p.grad_stride.channel + row * p.grad_stride.row +
                       at * p.grad_stride.column,
                   g);
-      load_values(static_cast<const T*>(p.output) + image * p.output_stride.image +
-                      channel * p.output_stride.channel + row * p.output_stride.row +
-                      at * p.output_stride.column,
-                  y);
+      float y[1] = {1.0f};
+      if (p.output)
+        load_values(static_cast<const T*>(p.output) + image * p.output_stride.image +
+                        channel * p.output_stride.channel + row * p.output_stride.row +
+                        at * p.output_stride.column,
+                    y);
       if (y[0] <= 0.0f) g[0] = 0.0f;
     }
     store_values(static_cast<T*>(p.dz) + pixel * columns + column, g);

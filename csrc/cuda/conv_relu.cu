@@ -24,8 +24,8 @@ MaskJob make_mask_job(DType dtype, const View& grad, const View& output, const C
                       void* grad_bias, Workspace& workspace) {
   MaskJob job;
   MaskPlan& p = job.plan;
-  p.grad = grad.data, p.output = output.data, p.grad_stride = grad.strides(),
-  p.output_stride = output.strides();
+  p.grad = grad.data, p.output = params.relu ? output.data : nullptr,
+  p.grad_stride = grad.strides(), p.output_stride = output.strides();
   p.groups = params.groups,
   p.channels = to_int(output.size[1] / params.groups, "the number of channels");
   p.padded = static_cast<int>(ceil_div(p.channels, wide_values(dtype))) * wide_values(dtype);

@@ -42,6 +42,7 @@ void lrn_max_pool_backward(DType dtype, const View& grad, const View& x, const O
 struct ConvParams {
   int stride[2], padding[2], dilation[2], groups;
   bool tf32;  // float32 on tensor cores, rounded to TF32; else IEEE float32
+  bool relu;
 };
 // `bias` is dense, or null. The workspace is the caller's, 256-byte aligned, and holds nothing
 // between calls.

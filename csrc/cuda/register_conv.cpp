@@ -15,7 +15,7 @@ ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& d
     p.padding[axis] = static_cast<int>(padding[axis]);
     p.dilation[axis] = static_cast<int>(dilation[axis]);
   }
-  p.groups = static_cast<int>(groups), p.tf32 = tf32;
+  p.groups = static_cast<int>(groups), p.tf32 = tf32, p.relu = true;
   return p;
 }
 
@@ -40,10 +40,6 @@ Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& 
                     describe(input));
   }
   return sizes;
-}
-
-Tensor workspace_of(long long bytes, const Tensor& like) {
-  return empty({bytes}, ScalarType::Byte, like, false);
 }
 
 // A gradient that is wanted; with nothing to sum over, kernels do not run and it is zero.

@@ -174,6 +174,10 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool chan
   return made;
 }
 
+Tensor workspace_of(long long bytes, const Tensor& like) {
+  return empty({bytes}, ScalarType::Byte, like, false);
+}
+
 int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
                      int64_t dilation, bool ceil_mode) {
   const int64_t reach = size + 2 * padding - dilation * (kernel - 1) - 1;

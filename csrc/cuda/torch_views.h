@@ -53,6 +53,9 @@ Tensor dense_as(const Tensor& t, bool channels_last);
 // Uninitialised and dense, on `like`'s device.
 Tensor empty(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 
+// Memory for what one operator's kernels leave to each other.
+Tensor workspace_of(long long bytes, const Tensor& like);
+
 // Outputs of one axis of a pooling, by torch's rule.
 int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
                      int64_t dilation, bool ceil_mode);

@@ -16,19 +16,21 @@ from fastalex.ops._operator import Operator
 DEVICE = "cuda"  # the tests' host runtime serves another
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONVOLUTIONS = ("conv_relu", "conv_relu_backward")
+_LAYERS = ("linear_relu", "linear_relu_backward")
 _MOST = 2**31 - 1  # kernels index an image, and the pixels of a convolution, in 32 bits
 
 
-def float32_in_tf32() -> bool:
-    """Whether torch is told to multiply float32 in convolutions with tensor cores."""
+def float32_in_tf32(op: str) -> bool:
+    """Whether torch is told to multiply float32 with tensor cores, in convolutions or in matrix products."""
     cudnn: Any = torch.backends.cudnn
-    settings = (cudnn.conv, cudnn, torch.backends)
+    matmul = torch.backends.cuda.matmul
+    settings = (matmul, torch.backends) if op in _LAYERS else (cudnn.conv, cudnn, torch.backends)
     told = next((s.fp32_precision for s in settings if s.fp32_precision != "none"), "ieee")
     return bool(told == "tf32")
 
 
 def _arguments(op: str, args: Sequence[Any]) -> tuple[Any, ...]:
-    return (*args, float32_in_tf32()) if op in _CONVOLUTIONS else tuple(args)
+    return (*args, float32_in_tf32(op)) if op in _CONVOLUTIONS + _LAYERS else tuple(args)
 
 
 def refuse_tensors(op: str, args: Sequence[Any]) -> str | None:
@@ -47,6 +49,8 @@ def refuse_tensors(op: str, args: Sequence[Any]) -> str | None:
     for tensor in tensors:
         if not _is_fake(tensor) and tensor.data_ptr() % tensor.element_size():
             return "a tensor does not start at a multiple of its elements' size: clone() it"
+    if op in _LAYERS and not all(tensor.shape[-1] for tensor in tensors):
+        return "a layer without inputs or outputs has nothing to multiply"
     return _refuse_size(op, args)
 
 
@@ -104,11 +108,11 @@ def _through_cupy(op: str) -> tuple[Callable[..., Any], Refusal]:
 
 
 def add_to(*operators: Operator) -> None:
-    """Gives operators both backends. Convolutions there must be measured against cuDNN before `auto` takes them."""
+    """Gives operators both backends. Products must be measured against stock torch before `auto` takes them there."""
     for operator in operators:
         op = operator.name
         more: dict[str, Any] = {
-            "contested": op in _CONVOLUTIONS,
+            "contested": op in _CONVOLUTIONS + _LAYERS,
             "note": lambda *args, op=op: _note(op, args),
         }
         operator.kernels.add("cuda", *_compiled(op), **more)

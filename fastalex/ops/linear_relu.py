@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastalex import reference
 from fastalex.backends import no_refusal
-from fastalex.ops import _cpu, _triton
+from fastalex.ops import _cpu, _cuda, _triton
 from fastalex.ops._arguments import require_floating, require_tensor
 from fastalex.ops._operator import Operator, autocasting, needs_reference
 
@@ -79,6 +79,7 @@ LINEAR_RELU.kernels.add("triton", **_triton.kernel("linear_relu", "linear_relu",
 LINEAR_RELU_BACKWARD.kernels.add(
     "triton", **_triton.kernel("linear_relu", "linear_relu_backward", contested=True)
 )
+_cuda.add_to(LINEAR_RELU, LINEAR_RELU_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -165,7 +165,7 @@ def serving_cpu() -> Iterator[None]:
     host = host_cuda()
     replaced = [
         (ops_cuda, "DEVICE", "cpu"),
-        (ops_cuda, "float32_in_tf32", lambda: False),  # what bounds are derived for
+        (ops_cuda, "float32_in_tf32", lambda op: False),  # what bounds are derived for
         (_cuda_native, "library", lambda: host.ops),
         (_cuda_native, "library_error", lambda: None),
         (_cuda_native, "gpu_error", lambda device: None),

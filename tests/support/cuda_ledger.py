@@ -1,107 +1,96 @@
-"""Static facts about compiled kernels: registers, spills, instruction counts (cuobjdump)."""
+"""Writes the ledger of what nvcc makes of every CUDA kernel, for sm_90: python -m tests.support.cuda_ledger.
+
+The ledger, tests/ledger/cuda.json, is reviewed in diffs and checked by tests/test_cuda_extension.py.
+"""
 
 from __future__ import annotations
 
-import collections
-import json
-import re
-import shutil
-import subprocess
-import sysconfig
+from functools import cache
 from pathlib import Path
 
-LEDGER = Path(__file__).resolve().parents[1] / "ledger" / "cuda.json"
-RESOURCE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
+import torch
 
+from fastalex import _cuda_native
+from tests.support import cuda_extension, static_ledger
 
-def tool(name: str) -> str | None:
-    """cuobjdump or nvdisasm: from pip's nvidia packages, else from PATH."""
-    site = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    found = [*site.glob(f"cu13/bin/{name}"), *site.glob(f"*/bin/{name}")]
-    return str(found[0]) if found else shutil.which(name)
-
-
-def unavailable() -> str | None:
-    missing = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
-    packages = " ".join(f"nvidia-cuda-{name}" for name in missing)
-    return f"pip install {packages}" if missing else None
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def demangle(names: list[str]) -> dict[str, str]:
-    """Mangled names to expressions such as fastalex::lrn_channels_last<__half, 8, 5>."""
-    done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
-    plain = [re.sub(r"^void (.*)\(.*\)$", r"\1", line) for line in done.stdout.splitlines()]
-    return dict(zip(names, plain, strict=True))
-
-
-def resources(binary: Path) -> dict[str, dict[str, int]]:
-    """{kernel expression: registers, stack, local} of a cubin, an object or a library."""
-    rows = RESOURCE.findall(_run(str(tool("cuobjdump")), "--dump-resource-usage", str(binary)))
-    names = demangle([row[0] for row in rows])
-    return {
-        names[name]: {"registers": int(registers), "stack": int(stack), "local": int(local)}
-        for name, registers, stack, _, local in rows
-        if names[name].startswith("fastalex::")
-    }
-
-
-#: What the ledger counts: tensor-core products, matrix loads, copies, global accesses.
-KINDS = {
-    "mma": r"HMMA",
-    "ldmatrix": r"LDSM",
-    "async_copy": r"LDGSTS",
-    "global_wide": r"(LDG|STG)\..*128",
-    "global": r"(LDG|STG)",
-    "spill": r"(LDL|STL)",
-    "barrier": r"BAR",
+LEDGER = Path(__file__).parent.parent / "ledger" / "cuda.json"
+ARCH = f"sm_{cuda_extension.ARCHITECTURE}"
+LRN, POOL, ONES = (5, 2e-5, 0.75, 2.0, 2), ((3, 3), (2, 2), (0, 0)), (1, 1)
+# input shape, output channels, kernel, stride, padding, groups: the network's, batch 128
+LAYERS = {
+    "conv1": ((128, 3, 227, 228), 96, 11, 4, 0, 1),
+    "conv2": ((128, 96, 27, 27), 256, 5, 1, 2, 2),
+    "conv3": ((128, 256, 13, 13), 384, 3, 1, 1, 1),
+    "conv4": ((128, 384, 13, 13), 384, 3, 1, 1, 2),
+    "conv5": ((128, 384, 13, 13), 256, 3, 1, 1, 2),
 }
+FULLY_CONNECTED = {"fc6": (9216, 4096), "fc7": (4096, 4096), "fc8": (4096, 1000)}
 
 
-def instructions(binary: Path) -> dict[str, dict[str, int]]:
-    """{kernel expression: how often each kind of instruction stands in its code}."""
-    counts: dict[str, collections.Counter[str]] = {}
-    current = ""
-    for line in _run(str(tool("cuobjdump")), "-sass", str(binary)).splitlines():
-        if "Function :" in line:
-            current = line.split(":")[1].strip()
-            counts[current] = collections.Counter()
-        elif current and (match := INSTRUCTION.match(line)):
-            opcode = match[1]
-            counts[current]["all"] += 1
-            for kind, pattern in KINDS.items():
-                counts[current][kind] += bool(re.match(pattern, opcode))
-    names = demangle(list(counts))
-    return {
-        names[mangled]: dict(counter)
-        for mangled, counter in counts.items()
-        if names[mangled].startswith("fastalex::")
-    }
+def on_meta(shape, dtype, last: bool):
+    order = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=order)
 
 
-def facts(binary: Path) -> dict[str, dict[str, int]]:
-    used, code = resources(binary), instructions(binary)
-    return {name: {**used[name], **code.get(name, {})} for name in sorted(used)}
+def calls(dtype: torch.dtype, last: bool, tf32: bool):
+    """(row of the evidence, operator, arguments) of the network."""
+    for name, (shape, outputs, kernel, stride, padding, groups) in LAYERS.items():
+        x = on_meta(shape, dtype, last)
+        weight = on_meta((outputs, shape[1] // groups, kernel, kernel), dtype, last)
+        side = (shape[2] + 2 * padding - kernel) // stride + 1
+        y = on_meta((shape[0], outputs, side, side), dtype, last)
+        geometry = ((stride, stride), (padding, padding), ONES, groups)
+        yield f"conv_relu/{name}", "conv_relu", (x, weight, None, *geometry, tf32)
+        for i, which in enumerate(("input", "weight")):
+            mask = [j == i for j in range(3)]
+            row = f"conv_relu_backward/{which}/{name}"
+            yield row, "conv_relu_backward", (y, y, x, weight, *geometry, mask, tf32)
+    for name, (inputs, outputs) in FULLY_CONNECTED.items():
+        x, weight = on_meta((128, inputs), dtype, last), on_meta((outputs, inputs), dtype, last)
+        yield f"linear_relu/{name}", "linear_relu", (x, weight, None, True, tf32)
+    x = on_meta((128, 96, 55, 55), dtype, last)
+    pooled = on_meta((128, 96, 27, 27), dtype, last)
+    offsets = on_meta((128, 96, 27, 27), torch.uint8, last)
+    yield "lrn", "lrn", (x, *LRN)
+    yield "lrn_backward", "lrn_backward", (x, x, *LRN)
+    yield "max_pool/train", "max_pool", (x, *POOL, ONES, False, True)
+    size = (55, 55)
+    yield "max_pool_backward", "max_pool_backward", (pooled, offsets, size, *POOL, ONES)
+    for save in (False, True):
+        row = f"lrn_max_pool/{'train' if save else 'infer'}"
+        yield row, "lrn_max_pool", (x, *LRN, *POOL, False, save)
+    arguments = (pooled, x, offsets, *LRN, *POOL)
+    yield "lrn_max_pool_backward", "lrn_max_pool_backward", arguments
 
 
-def load() -> dict:
-    return json.loads(LEDGER.read_text())
+def main_launch(op: str, arguments) -> _cuda_native.Launch:
+    """The launch that does the work, not its preparation."""
+    side = ("pack_weight", "reduce_splits", "mask_gradient", "sum_bias")
+    launches = _cuda_native.planned(op, arguments)
+    return next(one for one in launches if not any(name in one.kernel for name in side))
 
 
-def save(architecture: str, table: dict[str, dict[str, int]]) -> None:
-    """Rewrites one architecture of the ledger, a line a kernel."""
-    ledger = load() if LEDGER.exists() else {}
-    ledger[architecture] = table
-    lines = [
-        f'  "{arch}": {{\n'
-        + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in kernels.items())
-        + "\n  }"
-        for arch, kernels in sorted(ledger.items())
-    ]
-    LEDGER.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+@cache
+def shared_bytes() -> dict[str, int]:
+    """{kernel: the most that a launch of the network asks for}."""
+    most: dict[str, int] = {}
+    for dtype, tf32 in (
+        (torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True),
+    ):  # fmt: skip
+        for last in (True, False):
+            for _, op, arguments in calls(dtype, last, tf32):
+                for launch in _cuda_native.planned(op, arguments):
+                    most[launch.kernel] = max(most.get(launch.kernel, 0), launch.shared_bytes)
+    return most
+
+
+@cache
+def measure() -> dict[str, dict]:
+    """{entry: facts} of the library as it is built now."""
+    facts = static_ledger.library_facts(cuda_extension.build(), shared_bytes())
+    return {f"{ARCH}/{name}": row for name, row in facts.items()}
+
+
+if __name__ == "__main__":
+    static_ledger.write(LEDGER, measure())
+    print(f"{len(measure())} entries")

@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 # per SM: warps, blocks, bytes of shared memory
@@ -85,27 +86,23 @@ def resources(binary: bytes) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def expression(mangled: str) -> str:
-    """Such as fastalex::lrn_channels_last<__half, 8, 5>."""
+    """Such as lrn_channels_last<__half, 8, 5>."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    return re.sub(r"^void (.*)\(.*\)$", r"\1", plain.strip())
+    return re.sub(r"^void (.*)\(.*\)$", r"\1", plain.strip()).replace("fastalex::", "")
 
 
-def library_facts(library: Path) -> dict[str, dict]:
-    """{kernel: facts} of every kernel in a library of nvcc's; shared memory is what its launch asks for at least."""
+def library_facts(library: Path, shared: Mapping[str, int]) -> dict[str, dict]:
+    """{kernel: facts} of every kernel in a library of nvcc's; ``shared`` is what a launch of each asks for."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [tool("cuobjdump"), "-xelf", "all", str(library)],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+        command = [tool("cuobjdump"), "-xelf", "all", str(library.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
         found = {}
         for path in sorted(Path(folder).glob("*.cubin")):
-            cubin = path.read_bytes()
-            layout = run_tool("cuobjdump", "-elf", str(path))
-            for mangled in re.findall(r"^\.nv\.info\.(\S+)$", layout, re.M):
-                threads = launch_bound(layout, mangled)
-                found[expression(mangled)] = cubin_facts(cubin, threads, kernel=mangled)
+            machine = Machine(path)
+            for mangled in machine.code:
+                name = expression(mangled)
+                threads = launch_bound(machine.layout, mangled)
+                found[name] = machine.facts(mangled, threads, shared.get(name))
     return found
 
 
@@ -116,58 +113,69 @@ def launch_bound(layout: str, mangled: str) -> int:
     return int(found[1], 16) if found else 1024
 
 
-def cubin_facts(
-    cubin: bytes, threads: int, shared: int | None = None, kernel: str | None = None
-) -> dict:
-    """Facts of one kernel; `shared` is what a launch asks for, where the cubin doesn't say."""
+def cubin_facts(cubin: bytes, threads: int, shared: int | None = None) -> dict:
+    """Facts of the one kernel in a cubin; `shared` is what a launch asks for, where the cubin doesn't say."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
-        arch = int(re.search(r"sm_(\d+)", run_tool("cuobjdump", "-elf", file.name))[1])
-        code = instructions(run_tool("nvdisasm", "-c", file.name), kernel)
-    name = re.escape(kernel) if kernel else r"\S+"
-    registers, static = map(
-        int, re.search(rf"Function {name}:\s*\n\s*REG:(\d+).*?SHARED:(\d+)", usage).groups()
-    )
-    shared = static if shared is None else shared
-    ops = [op for op, _ in code]
-    loops = inner_loops(code)
-    return {
-        "registers": registers,
-        "spills": sum(op.startswith(("LDL", "STL")) for op in ops),
-        "shared": shared,
-        "warps": -(-threads // 32),
-        "occupancy": occupancy(arch, -(-threads // 32), registers, shared),
-        "mma": tally(
-            re.sub(r"\.(BF16|F16|F32|TF32|SP|gdesc)\b", "", op) for op in ops if MMA.match(op)
-        ),
-        "loads": widths(ops, "LDG"),
-        "async_loads": widths(ops, "LDGSTS"),
-        "stores": widths(ops, "STG"),
-        "shared_accesses": sum(op.startswith(("LDS", "STS")) for op in ops),
-        "shuffles": sum(op.startswith("SHFL") for op in ops),
-        "barriers": sum(op.startswith("BAR") for op in ops),
-        "instructions": len(ops),
-        "inner_loops": [len(body) for body in loops],
-    }
+        machine = Machine(Path(file.name))
+    (kernel,) = machine.code
+    return machine.facts(kernel, threads, shared)
 
 
-def instructions(sass: str, kernel: str | None) -> list[tuple[str, str]]:
-    """(opcode, operands), with ("label", name) where a branch may land."""
-    code, inside = [], kernel is None
+class Machine:
+    """A cubin, taken apart."""
+
+    def __init__(self, cubin: Path) -> None:
+        self.usage = run_tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        self.layout = run_tool("cuobjdump", "-elf", str(cubin))
+        self.arch = int(re.search(r"sm_(\d+)", self.layout)[1])
+        self.code = instructions(run_tool("nvdisasm", "-c", str(cubin)))
+
+    def facts(self, kernel: str, threads: int, shared: int | None) -> dict:
+        registers, static = map(
+            int,
+            re.search(
+                rf"Function {re.escape(kernel)}:\s*\n\s*REG:(\d+).*?SHARED:(\d+)", self.usage
+            ).groups(),
+        )
+        code = self.code[kernel]
+        shared = static if shared is None else shared
+        ops = [op for op, _ in code]
+        return {
+            "registers": registers,
+            "spills": sum(op.startswith(("LDL", "STL")) for op in ops),
+            "shared": shared,
+            "warps": -(-threads // 32),
+            "occupancy": occupancy(self.arch, -(-threads // 32), registers, shared),
+            "mma": tally(
+                re.sub(r"\.(BF16|F16|F32|TF32|SP|gdesc)\b", "", op) for op in ops if MMA.match(op)
+            ),
+            "loads": widths(ops, "LDG"),
+            "async_loads": widths(ops, "LDGSTS"),
+            "stores": widths(ops, "STG"),
+            "shared_accesses": sum(op.startswith(("LDS", "STS")) for op in ops),
+            "shuffles": sum(op.startswith("SHFL") for op in ops),
+            "barriers": sum(op.startswith("BAR") for op in ops),
+            "instructions": len(ops),
+            "inner_loops": [len(body) for body in inner_loops(code)],
+        }
+
+
+def instructions(sass: str) -> dict[str, list[tuple[str, str]]]:
+    """{kernel: its code}: (opcode, operands), with ("label", name) where a branch may land."""
+    kernels: dict[str, list[tuple[str, str]]] = {}
+    code: list[tuple[str, str]] = []
     for line in sass.splitlines():
         if section := re.match(r"\.text\.(\S+):", line.strip()):
-            inside = kernel in (None, section[1])
-        elif inside and (label := re.match(r"\s*(\.L\S+):", line)):
+            code = kernels.setdefault(section[1], [])
+        elif label := re.match(r"\s*(\.L\S+):", line):
             code.append(("label", label[1]))
-        elif inside and (
-            op := re.search(
-                r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line
-            )
+        elif op := re.search(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);", line
         ):
             code.append((op[1], op[2]))
-    return code
+    return kernels
 
 
 def inner_loops(code: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
