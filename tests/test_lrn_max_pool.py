@@ -44,13 +44,34 @@ def test_forward_equals_the_pair(backend, dtype, lrn, pool):
         assert torch.equal(fused, pair)
 
 
+@pytest.mark.parametrize("k", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.75, 0.5, 1.0, 0.6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strange_values_equal_the_pair(backend, dtype, beta, k):
+    """NaN, infinities, and the zeros that k=0 divides by: the row kernels' fast paths must leave them alone."""
+    for strange in (float("nan"), float("inf"), -float("inf"), 0.0):
+        for layout in ("contiguous", "channels_last"):
+            x = random_input((2, 40, 11, 13), dtype, layout)
+            x[1, 3:9, 4, 5] = strange
+            x[0, 33:40, 8:10, 12] = strange
+            lrn = {"size": 5, "beta": beta, "k": k, "groups": 2}
+            with running(backend):
+                fused = ops.lrn_max_pool2d(x, **lrn)
+                pair = ops.max_pool2d(ops.local_response_norm(x, **lrn), 3, 2)
+            torch.testing.assert_close(fused, pair, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("lrn", "pool"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward(backend, dtype, lrn, pool):
     """With the winners frozen to the forward's own: near ties may fall otherwise in float64."""
     operands = lrn.operator_arguments()
-    both = pool_geometry(pool.kernel_size, pool.stride, pool.padding, 1)[:3]
+    shape = torch.Size(lrn.shape)
+    both = pool_geometry(
+        shape, pool.kernel_size, pool.stride, pool.padding, 1, pool.ceil_mode, "lrn_max_pool2d"
+    )[:3]
     for layout, grad_layout in (
         ("contiguous", "contiguous"),
         ("channels_last", "contiguous"),

@@ -23,7 +23,9 @@ DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 
 def geometry(case: Pool):
-    return pool_geometry(case.kernel_size, case.stride, case.padding, case.dilation)
+    shape = torch.Size(case.shape)
+    sizes = (case.kernel_size, case.stride, case.padding, case.dilation)
+    return pool_geometry(shape, *sizes, case.ceil_mode, "max_pool2d")
 
 
 def has_empty_windows(case: Pool) -> bool:

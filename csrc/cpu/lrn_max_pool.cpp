@@ -1,4 +1,5 @@
 // LRN and max-pooling in one pass, forward and backward: the normalised map never reaches memory.
+#include "lrn_max_pool5.h"
 #include "lrn_rows.h"
 #include "op_entries.h"
 #include "parallel.h"
@@ -47,28 +48,69 @@ class NormalizedRows {
   Scratch<S> rows_;
 };
 
-// Reads x once (and kernel_h - stride_h rows of it again where two threads meet), writes y once.
+// Rows [begin, end) of outputs, counted over all images. Reads x once (and kernel_h - stride_h rows
+// of it again where two threads meet), writes y once.
+template <class S, class Offset, bool kTrack>
+void pool_rows(const LrnMaxPoolCall& call, int64_t begin, int64_t end) {
+  const Map &in = call.pool.input, &out = call.pool.output;
+  const PoolParams& pool = call.pool.pool;
+  NormalizedRows<S> normalized(call.lrn, in, pool.kernel_h);
+  PixelPool<S, Offset, kTrack> kernel(pool, in.width, out);
+  Scratch<const S*> rows(pool.kernel_h);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / out.height, oh = i % out.height;
+    const int64_t top = oh * pool.stride_h - pool.padding_h;
+    const TapRange range(top, pool.kernel_h, 1, in.height);
+    for (int64_t kh = range.first; kh < range.last; ++kh) {
+      rows[kh - range.first] = normalized.get(n, top + kh);
+    }
+    kernel.run(rows.data(), range, in.channels, row_at<S>(out, n, oh), out.pixel_stride,
+               kTrack ? row_at<Offset>(call.pool.offsets, n, oh) : nullptr);
+  }
+}
+
+// Whether windows are whole, 3x3 and two apart, over five channels: AlexNet's.
+bool has_fast_path(const LrnMaxPoolCall& call) {
+  const Map &in = call.pool.input, &out = call.pool.output;
+  const PoolParams& p = call.pool.pool;
+  return p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 2 && p.stride_w == 2 &&
+         p.padding_h == 0 && p.padding_w == 0 && 2 * out.height + 1 <= in.height &&
+         2 * out.width + 1 <= in.width && LrnWindow<float>(call.lrn, in.channels).is_five();
+}
+
+// pool_rows on the fast path; a NaN anywhere in an image's rows sends them the careful way.
+template <class S, Beta kBeta>
+void pool_rows_fast(const LrnMaxPoolCall& call, int64_t begin, int64_t end) {
+  const Map &in = call.pool.input, &out = call.pool.output;
+  NormalizedPool5<S, kBeta> kernel(call.lrn, in, out);
+  while (begin < end) {
+    const int64_t n = begin / out.height, first = begin % out.height;
+    const int64_t last = std::min(out.height, first + end - begin);
+    const auto row = [&](int64_t h) { return row_at<const S>(in, n, h); };
+    bool sound = kernel.template run<RowOfWindow::kFirst>(row(2 * first), nullptr);
+    for (int64_t oh = first; oh < last && sound; ++oh) {
+      sound = kernel.template run<RowOfWindow::kSecond>(row(2 * oh + 1), nullptr) &&
+              kernel.template run<RowOfWindow::kLast>(row(2 * oh + 2), row_at<S>(out, n, oh));
+    }
+    if (!sound) pool_rows<S, uint8_t, false>(call, begin, begin + last - first);
+    begin += last - first;
+  }
+}
+
 template <class S, class Offset, bool kTrack>
 void forward_pixels(const LrnMaxPoolCall& call) {
   const Map &in = call.pool.input, &out = call.pool.output;
-  const PoolParams& pool = call.pool.pool;
-  parallel_for(out.batch * out.height, grain(in.width * in.channels * pool.stride_h),
-               [&](int64_t begin, int64_t end) {
-                 NormalizedRows<S> normalized(call.lrn, in, pool.kernel_h);
-                 PixelPool<S, Offset, kTrack> kernel(pool, in.width, out);
-                 Scratch<const S*> rows(pool.kernel_h);
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t n = i / out.height, oh = i % out.height;
-                   const int64_t top = oh * pool.stride_h - pool.padding_h;
-                   const TapRange range(top, pool.kernel_h, 1, in.height);
-                   for (int64_t kh = range.first; kh < range.last; ++kh) {
-                     rows[kh - range.first] = normalized.get(n, top + kh);
-                   }
-                   kernel.run(rows.data(), range, in.channels, row_at<S>(out, n, oh),
-                              out.pixel_stride,
-                              kTrack ? row_at<Offset>(call.pool.offsets, n, oh) : nullptr);
-                 }
-               });
+  const int64_t least = grain(in.width * in.channels * call.pool.pool.stride_h);
+  const auto in_parallel = [&](auto&& rows) {
+    parallel_for(out.batch * out.height, least,
+                 [&](int64_t begin, int64_t end) { rows(call, begin, end); });
+  };
+  if constexpr (!kTrack) {
+    if (has_fast_path(call)) {
+      return with_beta(call.lrn.beta, [&](auto beta) { in_parallel(pool_rows_fast<S, beta()>); });
+    }
+  }
+  in_parallel(pool_rows<S, Offset, kTrack>);
 }
 
 template <class S, class Offset>

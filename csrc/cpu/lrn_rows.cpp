@@ -6,28 +6,10 @@
 #include "lrn_planes.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
-namespace {
-
-// Calls fn(beta) with the fast path of beta as a compile-time constant.
-template <class Fn>
-auto with_beta(double beta, Fn&& fn) {
-  if (beta == 0.75) return fn(std::integral_constant<Beta, Beta::kThreeQuarters>{});
-  if (beta == 0.5) return fn(std::integral_constant<Beta, Beta::kHalf>{});
-  if (beta == 1.0) return fn(std::integral_constant<Beta, Beta::kOne>{});
-  return fn(std::integral_constant<Beta, Beta::kAny>{});
-}
-
-bool window_of_five(const LrnParams& params, int64_t channels) {
-  const LrnWindow<float> window(params, channels);
-  return window.before == 2 && window.after == 2;
-}
-
-}  // namespace
-
 template <class S>
 std::unique_ptr<LrnForward<S>> make_lrn_forward(const LrnParams& params, const Map& input) {
   const int64_t channels = input.channels;
-  const bool five = window_of_five(params, channels);
+  const bool five = LrnWindow<float>(params, channels).is_five();
   return with_beta(params.beta, [&](auto beta) -> std::unique_ptr<LrnForward<S>> {
     if (!input.channels_last) {
       if (five) return std::make_unique<PlaneNormalizer<S, beta(), 5>>(params, channels);
@@ -41,7 +23,7 @@ std::unique_ptr<LrnForward<S>> make_lrn_forward(const LrnParams& params, const M
 template <class S, class G>
 std::unique_ptr<LrnBackward<S, G>> make_lrn_backward(const LrnParams& params, const Map& input) {
   const int64_t channels = input.channels;
-  const bool five = window_of_five(params, channels);
+  const bool five = LrnWindow<float>(params, channels).is_five();
   return with_beta(params.beta, [&](auto beta) -> std::unique_ptr<LrnBackward<S, G>> {
     if (!input.channels_last) {
       if (five) return std::make_unique<PlaneGradient<S, G, beta(), 5>>(params, channels);

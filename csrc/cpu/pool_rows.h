@@ -34,16 +34,24 @@ struct Winner {
 template <class A, class At>
 inline Vec<A> largest(int64_t count, At&& at) {
   Vec<A> value = at(0);
-  Mask<A> ordered = value == value;
-  for (int64_t t = 1; t < count; ++t) {
-    const Vec<A> v = at(t);
+  StrangeValues<A> nans;
+  int64_t t = 1;
+  if (count % 2 == 0) {
+    const Vec<A> v = at(t++);
+    nans.see_nans(value, v);
     value = larger<A>(v, value);
-    ordered &= v == v;
+  } else {
+    nans.see_nans(value, value);
   }
-  if (__builtin_expect(all(ordered), 1)) return value;
+  for (; t < count; t += 2) {
+    const Vec<A> v = at(t), w = at(t + 1);
+    nans.see_nans(v, w);
+    value = larger<A>(w, larger<A>(v, value));
+  }
+  if (__builtin_expect(!nans.any(), 1)) return value;
   Winner<A, false> winner;
   winner.start(at(0), 0);
-  for (int64_t t = 1; t < count; ++t) winner.challenge(at(t), 0);
+  for (t = 1; t < count; ++t) winner.challenge(at(t), 0);
   return winner.value;
 }
 
