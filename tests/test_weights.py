@@ -235,7 +235,7 @@ def changed(**changes: object) -> dict[str, object]:
         (changed(**{"fc8.bias": torch.ones(3).to_sparse()}), "sparse_coo tensor"),
         (changed(**{"fc8.bias": torch.ones(3, device="meta")}), "on meta"),
         (changed(**{"fc8.bias": 3.0}), "entry 'fc8.bias' is a float; a state dict holds tensors"),
-        ({3: torch.ones(1)}, "the entry '3' is a Tensor"),
+        ({3: torch.ones(1)}, "the entry of a int key is a Tensor"),
         ([torch.ones(1)], "holds a list of no tensors; it must be a state dict"),
         ({}, "holds a dict of 0 tensors"),
         ({"state_dict": 5}, "the entry 'state_dict' is a int"),
@@ -362,6 +362,12 @@ def test_caffe_files_of_another_network(tmp_path, data, message):
     assert_same(model, before)
 
 
+def test_a_model_without_memory_is_refused(tmp_path):
+    path = saved(tmp_path / "net.pth", tiny().state_dict())
+    with pytest.raises(ValueError, match="the model is on the meta device"):
+        load_weights(tiny().to("meta"), path)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".caffemodel"])
 def test_a_missing_file_is_an_os_error(tmp_path, suffix):
     with pytest.raises(FileNotFoundError):
@@ -427,11 +433,12 @@ def test_damage_is_our_error_and_leaves_the_model(tmp_path, file):
 # --- preprocessing -------------------------------------------------------------------------------
 
 
-def test_preprocessing_of_torchvision():
+@pytest.mark.parametrize("size", [(300, 400), (375, 503), (257, 256), (64, 90)])
+def test_preprocessing_of_torchvision(size):
     """As the transforms that come with its weights."""
     torchvision = pytest.importorskip("torchvision")
     transform = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms(antialias=True)
-    images = torch.randint(0, 256, (2, 3, 300, 400), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     # Theirs rounds the scaled pixels to uint8: half a step, divided by the smallest deviation.
     torch.testing.assert_close(
         PREPROCESSING["torchvision"](images), transform(images), rtol=0, atol=0.51 / 255 / 0.224
@@ -448,5 +455,7 @@ def test_preprocessing_of_caffe():
     image = torch.rand(3, 256, 256) * 255
     with_image = Preprocessing(crop=227, mean=image)(images)
     torch.testing.assert_close(with_image, (images.float() - image)[..., 14:241, 14:241])
+    with pytest.raises(ValueError, match="crop is 300; it must be positive, and at most resize"):
+        Preprocessing(crop=300)
     with pytest.raises(ValueError, match=r"images are \[N, 3, H, W\] in RGB, got \(3, 4, 4\)"):
         prepare(torch.zeros(3, 4, 4))

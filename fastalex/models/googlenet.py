@@ -159,7 +159,6 @@ class GoogLeNet(nn.Module):
             if auxiliary and name in _AUXILIARY_AFTER:
                 head = AuxiliaryHead(inputs, num_classes, auxiliary_dropout, fused)
                 self.add_module(_AUXILIARY_AFTER[name], head)
-        self.mean = nn.AdaptiveAvgPool2d(1)
         self.drop = nn.Dropout(dropout)
         self.classifier = nn.Linear(inputs, num_classes)
         self._initialise()
@@ -195,5 +194,5 @@ class GoogLeNet(nn.Module):
                 auxiliary.append(self.get_submodule(_AUXILIARY_AFTER[name])(x))
             if name in _POOLED_AFTER:
                 x = self.get_submodule(_POOLED_AFTER[name])(x)
-        logits: Tensor = self.classifier(self.drop(self.mean(x).flatten(1)))
+        logits: Tensor = self.classifier(self.drop(x.mean((2, 3))))
         return GoogLeNetOutputs(logits, *auxiliary) if auxiliary else logits

@@ -92,7 +92,6 @@ class NetworkInNetwork(nn.Module):
                 layers[f"pool{n}"] = nn.AvgPool2d(3, 2, ceil_mode=True)
             if n in _DROPS[variant]:
                 layers[f"drop{n}"] = nn.Dropout(dropout)
-        layers["mean"] = nn.AdaptiveAvgPool2d(1)
         self.features = nn.Sequential(layers)
         self._initialise()
 
@@ -112,5 +111,5 @@ class NetworkInNetwork(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         input = images(input, "NetworkInNetwork", _SIDES[self.variant], self.fused)
-        logits: Tensor = self.features(input).flatten(1)
+        logits: Tensor = self.features(input).mean((2, 3))
         return logits

@@ -44,6 +44,7 @@ def load_weights(
         WeightsError: for a damaged or hostile file, or one that is another network's: which layer, and what fits.
         OSError: for a file that cannot be read.
         ImportError: for a format whose library is not installed.
+        ValueError: for a model on the meta device.
     """
     path = Path(path)
     heads = _heads(model)
@@ -56,6 +57,10 @@ def load_weights(
     if keep_head:
         state = {k: v for k, v in state.items() if not k.startswith(heads)}
         state.update({k: v for k, v in target.items() if k.startswith(heads)})
+    if any(value.is_meta for value in target.values()):
+        raise ValueError(
+            "the model is on the meta device, which holds no weights: to_empty(device=...) first"
+        )
     _check(state, target, heads, path)
     model.load_state_dict(state)
     return model
@@ -119,8 +124,9 @@ def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
     state = {}
     for key, value in content.items():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
+            shown = repr(key[:80]) if isinstance(key, str) else f"of a {type(key).__name__} key"
             raise WeightsError(
-                f"{path}: the entry {str(key)[:80]!r} is a {type(value).__name__}; a state dict holds tensors by name"
+                f"{path}: the entry {shown} is a {type(value).__name__}; a state dict holds tensors by name"
             )
         name = key
         while name.startswith(_PREFIXES):
@@ -189,7 +195,7 @@ def _check(
             or value.is_complex()
             or value.is_quantized
             or value.layout != torch.strided
-            or (value.is_meta and not expected.is_meta)
+            or value.is_meta
         ):
             raise WeightsError(
                 f"{path}: {key} is a {value.layout} tensor of {value.dtype} on {value.device}; the model's is a "
@@ -224,6 +230,12 @@ class Preprocessing:
     mean: tuple[float, float, float] | Tensor = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= self.resize:
+            raise ValueError(
+                f"crop is {self.crop}; it must be positive, and at most resize, {self.resize}"
+            )
+
     def __call__(self, images: Tensor) -> Tensor:
         """Scales, subtracts the mean, divides and cuts out the centre.
 
@@ -234,13 +246,13 @@ class Preprocessing:
             raise ValueError(f"images are [N, 3, H, W] in RGB, got {tuple(images.shape)}")
         height, width = images.shape[-2:]
         short = min(height, width) if self.keep_aspect else 0
-        size = [round(side * self.resize / (short or side)) for side in (height, width)]
+        size = [side * self.resize // (short or side) for side in (height, width)]
         pixels = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
         mean = torch.as_tensor(self.mean, dtype=torch.float32, device=images.device)
         std = torch.tensor(self.std, device=images.device)
         pixels = pixels * self.scale - (mean if mean.dim() == 3 else mean[:, None, None])
         pixels = pixels / std[:, None, None]
-        top, left = ((side - self.crop) // 2 for side in size)
+        top, left = (round((side - self.crop) / 2) for side in size)
         return pixels[..., top : top + self.crop, left : left + self.crop]
 
 
