@@ -168,32 +168,91 @@ std::shared_ptr<const Buffer> pack(const Plan& plan, DType dtype, const Tensor& 
                        [&](void* out) { plan.pack(from, out); });
 }
 
-Tensor conv_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const Tensor& packed_numbers) {
-  Numbers numbers(packed_numbers, kGeometryNumbers);
-  const Problem problem = problem_of(input, weight, take_geometry(numbers));
-  std::optional<Tensor> bias_row;
-  if (bias) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->sizes()[0] == weight.sizes()[0] &&
-                        dtype_code(*bias) == dtype_code(input),
-                    "fastalex: bias is one value of the input's dtype for each output channel");
-    bias_row = torch::stable::contiguous(*bias);
+// One value of the input's dtype for each output channel.
+std::optional<Tensor> channel_row(const std::optional<Tensor>& row, const char* name,
+                                  const Tensor& input, const Tensor& weight) {
+  if (!row) return std::nullopt;
+  STD_TORCH_CHECK(row->is_cpu() && row->dim() == 1 && row->sizes()[0] == weight.sizes()[0] &&
+                      dtype_code(*row) == dtype_code(input),
+                  "fastalex: ", name, " is one value of the input's dtype for each output channel");
+  return torch::stable::contiguous(*row);
+}
+
+// The packed weights of a convolution, and the weight they were made from.
+struct Weights {
+  std::shared_ptr<const Buffer> packed;
+  ConstTensor dense;
+};
+
+// `weight` times `scale` by output channel, packed; the product is kept behind the packed form.
+Weights scaled_weights(const Plan& plan, const Tensor& weight, const Tensor& scale) {
+  const ConstTensor from = view(weight);
+  const conv::Strides& s = from.strides;
+  const size_t offset = (plan.packed_bytes() + 63) / 64 * 64;
+  std::array<uint64_t, 2> content;
+  const auto sizes = weight.sizes();
+  kernels().fingerprint(scale.data_ptr(), sizes[0] * sizeof(float), content.data());
+  uint64_t layout = plan.packed_key() ^ content[0];
+  for (int64_t value : {s.n, s.c, s.h, s.w}) {
+    layout = (layout ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
   }
+  const auto* w = static_cast<const float*>(from.data);
+  const auto* by = static_cast<const float*>(scale.data_ptr());
+  auto packed =
+      packed_weight(weight, layout, offset + weight.numel() * sizeof(float), [&](void* out) {
+        auto* product = reinterpret_cast<float*>(static_cast<char*>(out) + offset);
+        for (int64_t k = 0; k < sizes[0]; ++k) {
+          for (int64_t c = 0; c < sizes[1]; ++c) {
+            for (int64_t h = 0; h < sizes[2]; ++h) {
+              for (int64_t x = 0; x < sizes[3]; ++x) {
+                const int64_t at = k * s.n + c * s.c + h * s.h + x * s.w;
+                product[at] = w[at] * by[k];
+              }
+            }
+          }
+        }
+        plan.pack({product, s}, out);
+      });
+  const void* product = static_cast<const char*>(packed->data()) + offset;
+  return {std::move(packed), {product, s}};
+}
+
+Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+  const std::optional<Tensor> scale_row = channel_row(scale, "scale", input, weight),
+                              bias_row = channel_row(bias, "bias", input, weight);
+  STD_TORCH_CHECK(!scale || problem.dtype == DType::kFloat32, "fastalex: scale takes float32");
   const Tensor output = create_like(
       input, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
   if (problem.batch == 0) return output;
   const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kForward);
   const Tensor dense = dense_weight(weight);
-  const std::shared_ptr<const Buffer> packed = pack(*plan, problem.dtype, dense);
+  const Weights weights = scale_row ? scaled_weights(*plan, dense, *scale_row)
+                                    : Weights{pack(*plan, problem.dtype, dense), view(dense)};
   const ScratchLease scratch(plan->scratch_bytes());
   plan->forward({view(input),
-                 view(dense),
+                 weights.dense,
                  bias_row ? bias_row->data_ptr() : nullptr,
-                 packed->data(),
+                 weights.packed->data(),
                  target(output),
                  scratch.data(),
                  {}});
   return output;
+}
+
+Tensor conv_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, kGeometryNumbers);
+  return forward(problem_of(input, weight, take_geometry(numbers)), input, weight, std::nullopt,
+                 bias);
+}
+
+Tensor conv_inference(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, kGeometryNumbers + 1);
+  Problem problem = problem_of(input, weight, take_geometry(numbers));
+  problem.relu = numbers.integer() != 0;
+  return forward(problem, input, weight, scale, bias);
 }
 
 Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& output,
@@ -267,6 +326,10 @@ void force_conv_engine(int64_t engine, int64_t tile) {
 // numbers, in this order: stride, padding and dilation, each height first, and groups.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cpu, m) {
   m.def("conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor numbers) -> Tensor");
+  // Then whether a ReLU follows. Inference alone: conv2d(input, weight * scale) + bias.
+  m.def(
+      "conv_inference(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor numbers) -> "
+      "Tensor");
   // Then whether the gradients of input, weight and bias are wanted.
   m.def(
       "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, Tensor numbers) "
@@ -292,5 +355,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CPU, m) {
   m.impl("conv_relu", TORCH_BOX(&fastalex::cpu::conv_relu));
+  m.impl("conv_inference", TORCH_BOX(&fastalex::cpu::conv_inference));
   m.impl("conv_relu_backward", TORCH_BOX(&fastalex::cpu::conv_relu_backward));
 }

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _gain_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def gain_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """norm(conv(x)) = (w x) g + b with g = gamma / sqrt(var + eps), b = (bias - mean) g + beta."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -21,22 +21,20 @@ def _gain_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tenso
     return gain, shift * gain if norm.bias is None else torch.addcmul(norm.bias, shift, gain)
 
 
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The weight and bias of norm(conv(x)) as one convolution.
+def scaled(weight: Tensor, gain: Tensor) -> Tensor:
+    """The weight times the gain of its output channel.
 
-    The scaled weight is kept by its values: versions miss what is written through ``.data``, by fused optimisers and by
-    a normalisation that trains.
+    It is kept by its values: versions miss what is written through ``.data``, by fused optimisers and by a
+    normalisation that trains.
     """
-    weight = conv.weight
-    gain, bias = _gain_and_bias(conv, norm)
     if _must_compute(weight, gain):
-        return weight * gain.reshape(-1, 1, 1, 1), bias
+        return weight * gain.reshape(-1, 1, 1, 1)
     kept = _kept.get(weight)
     if kept is None or not (torch.equal(kept[1], gain) and torch.equal(kept[0], weight)):
         with torch.no_grad():
             kept = (weight.detach().clone(), gain.detach(), weight * gain.reshape(-1, 1, 1, 1))
         _kept[weight] = kept
-    return kept[2], bias
+    return kept[2]  # type: ignore[no-any-return]
 
 
 def _must_compute(weight: Tensor, gain: Tensor) -> bool:

@@ -123,7 +123,7 @@ class Matcher:
                 return Match(nodes, steps.convolution_add, args, self._rest(norm, relu))
         relu = self.next(last, "relu")
         nodes = tuple(n for n in (conv, norm, relu) if n is not None)
-        if len(nodes) == 1 or not self._may_move(nodes):
+        if not self._may_move(nodes):
             return None
         return Match(
             nodes, steps.convolution, (conv.args[0], self.module(conv)), self._rest(norm, relu)

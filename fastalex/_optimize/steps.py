@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import _onnx, ops
-from fastalex._optimize.fold import folded
+from fastalex._optimize.fold import gain_and_bias, scaled
+from fastalex.backends import forced
+from fastalex.ops import _cpu_conv
+from fastalex.ops._operator import needs_dispatcher
 
 #: A ReLU as the graph had it: a module, True for a call of the function, None for none.
 ReLU = nn.Module | bool | None
@@ -67,19 +70,27 @@ def convolution(
     if not (_plain(conv, nn.Conv2d) and _dense_weight(conv) and _real(input) and _plain_relu(relu)):
         output = conv(input)
         return _rectify(output if norm is None else norm(output), relu)
-    weight, bias = conv.weight, conv.bias
-    if isinstance(norm, nn.BatchNorm2d) and _folds(norm, weight):
-        weight, bias = folded(conv, norm)
-    elif norm is not None:
-        return _rectify(norm(_convolve(input, conv, weight, bias, False)), relu)
-    return _convolve(input, conv, weight, bias, relu is not None)
+    if norm is None:
+        return _convolve(input, conv, conv.weight, None, conv.bias, relu is not None)
+    if not (isinstance(norm, nn.BatchNorm2d) and _folds(norm, conv.weight)):
+        output = _convolve(input, conv, conv.weight, None, conv.bias, False)
+        return _rectify(norm(output), relu)
+    gain, bias = gain_and_bias(conv, norm)
+    if gain.dtype is torch.float32 and _on_engine(input, conv.weight, gain, bias):
+        return _convolve(input, conv, conv.weight, gain, bias, relu is not None)
+    weight = scaled(conv.weight, gain)
+    return _convolve(input, conv, weight, None, bias, relu is not None)
 
 
 def convolution_add(
     input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
 ) -> Tensor:
     """relu(norm(conv(input)) + other), as at the end of a residual block."""
-    return _rectify(convolution(input, conv, norm) + other, relu)
+    output = convolution(input, conv, norm)
+    if output.requires_grad or output.shape != other.shape or output.dtype is not other.dtype:
+        return _rectify(output + other, relu)
+    output += other  # nobody else has seen it
+    return _rectify_own(output) if relu is True or _plain_relu(relu) else _rectify(output, relu)
 
 
 def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
@@ -92,15 +103,39 @@ def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
     )
 
 
+def _on_engine(input: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the CPU engine may run the call by itself: no gradient is wanted, and nobody watches."""
+    return (
+        forced() in (None, "cpu")
+        and not needs_dispatcher(input, *tensors)
+        and input.dim() == 4
+        and tensors[0] is not None
+        and input.dtype is tensors[0].dtype
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _convolve(
-    input: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, relu: bool
+    input: Tensor,
+    conv: nn.Conv2d,
+    weight: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        padding = 0
+        padding = (0, 0)
+    geometry = (conv.stride, padding, conv.dilation)
+    if not isinstance(padding, str) and _on_engine(input, weight, gain, bias):
+        arguments: Any = (input, weight, gain, bias, *geometry, conv.groups, relu)
+        if _cpu_conv.refuse(input, weight, bias, *geometry) is None:
+            return _cpu_conv.inference(*arguments)
+    if gain is not None:
+        weight = scaled(weight, gain)
     function: Any = ops.conv2d_relu if relu else F.conv2d
-    output: Tensor = function(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    output: Tensor = function(input, weight, bias, *geometry, conv.groups)
     return output
 
 

@@ -19,6 +19,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = 1 << 24
 
 _forward = _cpu.native("conv_relu")
+_inference = _cpu.native("conv_inference")
 _backward = _cpu.native("conv_relu_backward")
 _plan = _cpu.native("conv_plan")
 _release = _cpu.native("release_packed")
@@ -86,6 +87,23 @@ def conv_relu(
     _watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups)
     return _forward(input, weight, bias, numbers)  # type: ignore[no-any-return]
+
+
+def inference(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """conv2d(input, weight * scale) + bias, the scale by output channel in float32; no gradient."""
+    _watch(weight)
+    numbers = _cpu.numbers(stride, padding, dilation, groups, relu)
+    return _inference(input, weight, scale, bias, numbers)  # type: ignore[no-any-return]
 
 
 def conv_relu_backward(
