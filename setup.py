@@ -28,7 +28,7 @@ NVCC = os.environ.get("NVCC", "nvcc")
 BUILD = ROOT / "build/native"  # kept between builds, so that a rebuild compiles what changed
 # Compiled once per instruction set, free of torch; the other sources know torch and no instruction set.
 CPU_KERNELS = (
-    *("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "fingerprint", "kernel_table"),
+    *("lrn_rows", "lrn", "max_pool", "lrn_max_pool", "fingerprint", "augment", "kernel_table"),
     *(f"conv/kernels/{path.stem}" for path in sorted(CPU.glob("conv/kernels/*.cpp"))),
 )
 CPU_HOST = (
@@ -39,6 +39,7 @@ CPU_HOST = (
         "packed",
         "register",
         "register_conv",
+        "register_augment",
         "register_linear",
         "linear",
     ),

@@ -70,6 +70,7 @@ def all_cases() -> list[Case]:
     """Every case, the most telling first."""
     from benchmarks import (
         bench_alexnet,
+        bench_augment,
         bench_conv_relu,
         bench_linear_relu,
         bench_lrn,
@@ -84,6 +85,7 @@ def all_cases() -> list[Case]:
         bench_lrn_max_pool,
         bench_conv_relu,
         bench_linear_relu,
+        bench_augment,
     )
     cases = [case for module in modules for case in module.cases()]
     return sorted(cases, key=lambda case: case.name.startswith("overhead/"))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import (
     bench_alexnet,
+    bench_augment,
     bench_conv_relu,
     bench_linear_relu,
     bench_lrn,
@@ -213,6 +214,14 @@ def check_alexnet(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     )
 
 
+def check_augment(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    """No rounding of one's own: the transform chain bit for bit."""
+    tensors = bench_augment.inputs(PHOTOGRAPHS, device)
+    stock = bench_augment.stock(*tensors).to(dtype)
+    fused = ops.augment(*tensors, bench_augment.CROP, dtype=dtype)
+    yield Check("augment", "output", distance(fused, stock.double()), 0.0, 0.0)
+
+
 CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Check]]] = {
     "alexnet": check_alexnet,
     "lrn": check_lrn,
@@ -220,6 +229,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Check]]] = {
     "lrn_max_pool": check_lrn_max_pool,
     "conv_relu": check_conv_relu,
     "linear_relu": check_linear_relu,
+    "augment": check_augment,
 }
 
 

@@ -13,6 +13,7 @@ from fastalex.ops._operator import REGISTRY
 
 #: The public function of each operator.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "augment": ops.augment,
     "conv_relu": ops.conv2d_relu,
     "linear_relu": ops.linear_relu,
     "lrn": ops.local_response_norm,
@@ -52,7 +53,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> None:
     """Prints every backend of an operator: the one that would run this call, and why the others would not.
 
     Args:
-        op: ``"conv_relu"``, ``"linear_relu"``, ``"lrn"``, ``"max_pool"`` or ``"lrn_max_pool"``.
+        op: ``"augment"``, ``"conv_relu"``, ``"linear_relu"``, ``"lrn"``, ``"max_pool"`` or ``"lrn_max_pool"``.
         args, kwargs: those of its public function in :mod:`fastalex.ops`; a fake tensor will do.
 
     Raises:

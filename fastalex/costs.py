@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastalex._geometry import offsets_dtype, pooled_size
@@ -182,6 +183,23 @@ def conv_relu_backward(
     moved += wants_bias * weight.shape[0] * weight.element_size()
     flops = 1 + 2 * depth * (wants_input + wants_weight) + wants_bias
     return Cost(moved, outputs * flops)
+
+
+def augment(
+    images: Tensor,
+    corners: Tensor,
+    mirrored: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    size: Ints,
+    scale: float,
+    pitch: int,
+    dtype: torch.dtype,
+) -> Cost:
+    """bytes = the crops, their constants, y with the zeros between its rows; flops = elements * 3."""
+    rows = images.shape[0] * size[0] * images.shape[3]
+    moved = rows * (size[1] + pitch * dtype.itemsize)
+    return Cost(moved + _bytes(corners, mirrored, shift, mean), rows * size[1] * 3)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Cost:

@@ -16,6 +16,7 @@ const Kernels kernels = {
     .lrn_max_pool = lrn_max_pool,
     .lrn_max_pool_backward = lrn_max_pool_backward,
     .fingerprint = fingerprint,
+    .augment = augment,
     .conv = conv_kernels,
 };
 

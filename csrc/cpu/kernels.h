@@ -87,6 +87,22 @@ struct LrnMaxPoolBackwardCall {
   MaxPoolBackwardCall pool;
 };
 
+// y = (x + shift - mean) * scale over a crop of each image, mirrored where `mirrored` says so.
+struct AugmentCall {
+  DType dtype;            // of the output
+  const uint8_t* images;  // [batch, height, width, channels], pixels adjacent
+  int64_t batch, height, width, channels;
+  int64_t batch_stride, row_stride;
+  const int64_t* corners;  // [batch, 2]: top and left, inside the image
+  const bool* mirrored;    // [batch]
+  const float* shift;      // [batch, channels]
+  const float* mean;       // [channels], or [height, width, channels]
+  bool mean_is_image;
+  float scale;
+  void* output;  // [batch, out_height, pitch, channels]; zeros beyond out_width
+  int64_t out_height, out_width, pitch;
+};
+
 struct Kernels {
   const char* isa;
   void (*lrn)(const LrnCall&);
@@ -96,6 +112,7 @@ struct Kernels {
   void (*lrn_max_pool)(const LrnMaxPoolCall&);
   void (*lrn_max_pool_backward)(const LrnMaxPoolBackwardCall&);
   void (*fingerprint)(const void* data, int64_t bytes, uint64_t* result);  // two words
+  void (*augment)(const AugmentCall&);
   const conv::ConvKernels& (*conv)();  // the convolution engine's own table
 };
 

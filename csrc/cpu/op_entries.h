@@ -15,6 +15,7 @@ void max_pool_backward(const MaxPoolBackwardCall& call);
 void lrn_max_pool(const LrnMaxPoolCall& call);
 void lrn_max_pool_backward(const LrnMaxPoolBackwardCall& call);
 void fingerprint(const void* data, int64_t bytes, uint64_t* result);
+void augment(const AugmentCall& call);
 
 // Items of `elements` each that make a range worth a thread.
 inline int64_t grain(int64_t elements) {

@@ -1,5 +1,6 @@
 """Drop-in operators and layers: replacing an import is the whole migration."""
 
+from fastalex.ops.augment import augment
 from fastalex.ops.conv_relu import Conv2dReLU, conv2d_relu
 from fastalex.ops.linear_relu import Linear, LinearReLU, linear, linear_relu
 from fastalex.ops.lrn import LocalResponseNorm, local_response_norm
@@ -13,6 +14,7 @@ __all__ = [
     "LinearReLU",
     "LocalResponseNorm",
     "MaxPool2d",
+    "augment",
     "conv2d_relu",
     "linear",
     "linear_relu",

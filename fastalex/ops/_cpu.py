@@ -29,15 +29,19 @@ def numbers(*arguments: Any) -> Tensor:
     return torch.tensor(flat, dtype=torch.float64, device="cpu")
 
 
-def refuse(first: Tensor, *rest: Any) -> str | None:
-    """The refusal of every operator whose first argument decides: device and dtype."""
+def refuse_device(first: Tensor) -> str | None:
+    """What holds for any operator: the library, and the device."""
     if _native.error is not None:
         return _native.error
-    if not first.is_cpu:
-        return f"it runs on CPU tensors, and this one is on {first.device}"
-    if first.dtype not in DTYPES:
+    return None if first.is_cpu else f"it runs on CPU tensors, and this one is on {first.device}"
+
+
+def refuse(first: Tensor, *rest: Any) -> str | None:
+    """The refusal of every operator whose first argument decides: device and dtype."""
+    reason = refuse_device(first)
+    if reason is None and first.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 and float16, and this tensor is {first.dtype}"
-    return None
+    return reason
 
 
 def native(name: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastalex import reference
+from fastalex import ops
 from fastalex.train.data import Images, Unreadable
 from fastalex.train.errors import extra
 from fastalex.train.options import Options
@@ -66,17 +66,15 @@ class Pipeline:
         """uint8 [N, H, W, 3] -> [N, 3, crop, crop] in channels_last, on the images' device."""
         corners, mirrored, shift = (draw.to(images.device) for draw in draws)
         mean = self.statistics.mean.to(images.device)
-        size = (self.crop, self.crop)
-        return reference.augment(
+        return ops.augment(
             images,
             corners,
             mirrored,
             shift,
             mean,
-            size,
-            self.statistics.scale,
             self.crop,
-            self.dtype,
+            scale=self.statistics.scale,
+            dtype=self.dtype,
         )
 
     def regularise(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
