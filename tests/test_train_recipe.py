@@ -298,3 +298,19 @@ def test_mixed_seeds_differ():
     seeds = {mixed_seed(s, e, t) for s in range(20) for e in range(20) for t in range(-1, 20)}
     assert len(seeds) == 20 * 20 * 21
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_every_command_of_the_manual_is_understood():
+    import re
+    from pathlib import Path
+
+    from fastalex.train.__main__ import COMMANDS, parser
+
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line.partition("#")[0].split()[3:] for line in block.splitlines()]
+    assert len(lines) >= 8
+    for words in lines:
+        named = bool(words) and words[0] in COMMANDS
+        arguments = parser().parse_args(words if named else ["train", *words])
+        assert callable(arguments.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,7 +197,7 @@ class Positions(Sampler[tuple[int, int]]):
 
 
 def make_loader(
-    batches: Dataset[Batch], workers: int, sampler: Sampler[Any] | None = None
+    batches: Dataset[Batch], workers: int, sampler: Iterable[Any] | None = None
 ) -> DataLoader[Batch]:
     """Ready batches, prepared ahead by ``workers`` processes (none: in this one)."""
     return DataLoader(

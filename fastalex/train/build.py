@@ -46,14 +46,33 @@ def start(options: Options, folder: Path | None = None, screen: Screen | None = 
         )
     make_deterministic(options)
     data = load(options)
+    return Trainer(_network(options, data, screen), data, options, folder, screen=screen)
+
+
+def _network(options: Options, data: Data, screen: Screen | None) -> nn.Module:
+    """The network of a run; its weights are new, or those of the checkpoint it starts from."""
     model = make_model(options, len(data.classes))
     if options.start is not None:
-        take_weights(model, checkpoint.load(options.start)["model"])
-    return Trainer(model, data, options, folder, screen=screen)
+        state = checkpoint.load(options.start)
+        other_classes = state["classes"] != data.classes
+        kept = take_weights(model, state["model"], head(model) if other_classes else "")
+        if screen is not None:
+            screen.say(
+                f"starting from {options.start}; newly drawn: {', '.join(kept) or 'nothing'}"
+            )
+    return model
 
 
-def take_weights(model: nn.Module, weights: dict[str, Any]) -> list[str]:
+def head(model: nn.Module) -> str:
+    """The path of the last linear layer: what names the classes."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return str(paths[-1])
+
+
+def take_weights(model: nn.Module, weights: dict[str, Any], without: str = "") -> list[str]:
     """Loads the weights whose name and shape fit, and returns the layers that keep their own.
+
+    ``without`` names a layer that keeps its own in any case: a head that knew other classes.
 
     Raises:
         TrainingError: where none fits.
@@ -62,7 +81,7 @@ def take_weights(model: nn.Module, weights: dict[str, Any]) -> list[str]:
     fitting = {
         name: value
         for name, value in weights.items()
-        if name in own and own[name].shape == value.shape
+        if name in own and own[name].shape == value.shape and name.rpartition(".")[0] != without
     }
     if not fitting:
         raise TrainingError(
@@ -82,9 +101,9 @@ def resume(folder: Path, changes: dict[str, Any], screen: Screen | None = None) 
     options = dataclasses.replace(Options(**saved), **changes)
     make_deterministic(options)
     data: Data = load(options)
-    model = make_model(options, len(data.classes))
-    if options.start is not None:
-        take_weights(model, checkpoint.load(options.start)["model"])
+    # A checkpoint holds every weight: what the run once started from may be gone.
+    begun = (folder / checkpoint.LAST).exists()
+    model = make_model(options, len(data.classes)) if begun else _network(options, data, screen)
     trainer = Trainer(model, data, options, folder, screen=screen)
     if not trainer.resume():
         trainer.screen.say(f"{folder} has no checkpoint yet: starting from the beginning")

@@ -52,7 +52,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 #: Fixed, so that runs with different seeds share their test set.
 SPLIT_SEED = 0
-PADDING = {"digits": 2, "cifar10": 4}
 RESIZED = 256  # the short side of a folder's images, as in section 2 of the paper
 
 
@@ -83,6 +82,23 @@ class Arrays:
 
     def read(self, index: int) -> Tensor:
         return self.images[index]
+
+
+class Subset:
+    """Some images of others, their labels numbered anew."""
+
+    def __init__(self, images: Images, kept: Sequence[int]) -> None:
+        self.images = images
+        numbers = torch.full((int(images.labels.max()) + 1,), -1)
+        numbers[torch.tensor(kept)] = torch.arange(len(kept))
+        self.rows = (numbers[images.labels] >= 0).nonzero().flatten()
+        self.labels = numbers[images.labels[self.rows]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Tensor:
+        return self.images.read(int(self.rows[index]))
 
 
 class Folder:
@@ -139,19 +155,26 @@ def load(options: Options) -> Data:
         "cifar10": _cifar10,
         "folder": _folder,
     }
-    return loaders[options.data](options)
+    data = loaders[options.data](options)
+    if options.labels is None:
+        return data
+    kept = options.classes(len(data.classes))
+    parts = (Subset(part, kept) for part in (data.train, data.validation, data.test))
+    train, validation, test = parts
+    note = f"{data.note}; of them the classes {options.labels}"
+    return Data(train, validation, test, [data.classes[label] for label in kept], note)
 
 
 def _digits(options: Options) -> Data:
-    """scikit-learn's 1,797 digits of 8x8 in 17 grey levels, enlarged to 32x32."""
+    """scikit-learn's 1,797 digits of 8x8 in 17 grey levels, enlarged to the crop's size."""
     bunch = extra("sklearn.datasets").load_digits()
     grey = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
-    large = F.interpolate(grey, size=32, mode="bilinear", antialias=False)
+    large = F.interpolate(grey, size=options.crop, mode="bilinear", antialias=False)
     images = large.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
     labels = torch.from_numpy(bunch.target).long()
     rest, test = _split(labels, range(len(labels)), 360)
     train, validation = _split(labels, rest, 180)
-    padded = _pad(images, PADDING["digits"])
+    padded = _pad(images, (options.crop or 0) // 16)
     note = "1,257 to train, 180 to validate, 360 to test: stratified draws with a fixed seed"
     return Data(
         Arrays(padded[train], labels[train]),
@@ -179,10 +202,7 @@ def _cifar10(options: Options) -> Data:
         ) from failure
     labels = torch.tensor(train.targets)
     kept, held = _split(labels, range(len(labels)), 5000)
-    padded = [
-        _pad(torch.from_numpy(part.data).permute(0, 3, 1, 2), PADDING["cifar10"])
-        for part in (train, test)
-    ]
+    padded = [_pad(torch.from_numpy(part.data).permute(0, 3, 1, 2), 4) for part in (train, test)]
     note = "45,000 to train and 5,000 to validate, drawn with a fixed seed; its own 10,000 to test"
     return Data(
         Arrays(padded[0][kept], labels[kept]),

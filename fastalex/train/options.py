@@ -34,6 +34,7 @@ class Options:
         None, "folder of cifar10, or of train/ and val/ with a folder a class"
     )
     download: bool = _option(False, "fetch cifar10 into --root where it is missing")
+    labels: str | None = _option(None, "only these classes, such as 0-4 or 1,3,5", metavar="LABELS")
     crop: int | None = _option(None, "side of the crop the network sees", type=int)
     mirror: bool | None = _option(None, "random horizontal mirror images")
     colour: float = _option(0.1, "deviation of the PCA colour shift; 0 for none", type=float)
@@ -97,6 +98,21 @@ class Options:
             except json.JSONDecodeError:
                 arguments[name] = value
         return arguments
+
+    def classes(self, count: int) -> list[int]:
+        """--labels as the indices of the classes kept, of ``count``."""
+        if self.labels is None:
+            return list(range(count))
+        try:
+            ends = [[int(end) for end in part.split("-")] for part in self.labels.split(",")]
+            kept = sorted({label for part in ends for label in range(part[0], part[-1] + 1)})
+        except ValueError:
+            kept = []
+        if not kept or kept[-1] >= count:
+            raise TrainingError(
+                f"--labels {self.labels}: write numbers from 0 to {count - 1}, such as 0-4 or 1,3,5"
+            )
+        return kept
 
     def rates(self) -> dict[str, float]:
         """--rate as layer -> factor."""

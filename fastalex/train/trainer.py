@@ -7,7 +7,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastalex.models.alexnet import PRESETS
 from fastalex.train import checkpoint
 from fastalex.train.batches import Batch, Pipeline, Positions, TrainingBatches, make_loader
-from fastalex.train.data import Data
+from fastalex.train.data import Data, Images
 from fastalex.train.errors import Interrupted, TrainingError
 from fastalex.train.metrics import Scores, predict, score
 from fastalex.train.options import Options
@@ -79,12 +79,14 @@ class Trainer:
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         self.statistics: Statistics | None = None
+        #: Called with each epoch's numbers.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._stop_signal: int | None = None
 
     # --- running --------------------------------------------------------------------------------
 
-    def fit(self) -> Scores:
-        """Trains to the end, or to an early stop, and scores the best epoch on the test set.
+    def fit(self) -> None:
+        """Trains to the end, or to an early stop. The model then has the last epoch's weights.
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after the run was saved.
@@ -114,16 +116,11 @@ class Trainer:
                         bar.advance(progress, len(batches), progress.seen - before, began)
                         self._save_if_due()
                 self._end_epoch(progress.seen - before, time.perf_counter() - began)
-        return self.test()
 
-    def test(self) -> Scores:
-        """The best epoch's scores on the test set, single view."""
+    def take_best(self) -> None:
+        """Puts the weights of the best epoch into the model."""
         best = checkpoint.load(self.folder / checkpoint.BEST, self.device)
-        now = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(best["model"])
-        scores = self._score(self.data.test)
-        self.model.load_state_dict(now)
-        return scores
 
     def _prepare(self) -> None:
         try:
@@ -184,7 +181,7 @@ class Trainer:
 
     def _end_epoch(self, images: int, seconds: float) -> None:
         progress = self.progress
-        scores = self._score(self.data.validation)
+        scores = self.score(self.data.validation)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         row = {
             "epoch": progress.epoch + 1,
@@ -205,6 +202,8 @@ class Trainer:
         progress.step = progress.wrong = progress.seen = 0
         progress.loss = 0.0
         self.screen.epoch(row, better)
+        for listener in self.listeners:
+            listener(row)
         # The best first: killed between the two, the run repeats this epoch and writes the same again.
         if better:
             self.save(checkpoint.BEST)
@@ -214,7 +213,8 @@ class Trainer:
         stop, progress = self.options.stop, self.progress
         return bool(stop) and progress.epoch - 1 - progress.best_epoch >= (stop or 0)
 
-    def _score(self, images: Any) -> Scores:
+    def score(self, images: Images) -> Scores:
+        """Single view, with the weights the model has."""
         options = self.options
         with self._precision(), _explained_workers():
             predictions = predict(
