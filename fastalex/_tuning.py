@@ -95,6 +95,7 @@ def settings(first: Tensor) -> str:
     flags = ["deterministic"] * torch.are_deterministic_algorithms_enabled()
     if first.dtype == torch.float32:
         flags.append(importlib.import_module("fastalex.kernels._conv").float32_precision())
+        flags.append(torch.get_float32_matmul_precision())
     return " ".join(flags)
 
 

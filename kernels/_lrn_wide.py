@@ -21,15 +21,30 @@ BLOCK = 1024
 
 
 @triton.jit
-def squares(x, at, c, ok, NORM: tl.constexpr, STEP: tl.constexpr):
-    """Sum of x_j^2 over the window of channel c."""
-    total = tl.zeros(at.shape, tl.float32)
+def element(
+    x,
+    lanes,
+    XS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PLANE: tl.constexpr,
+    NORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each lane's element: (whether there is one, image, channel, row, column, its x in float32, its s)."""
+    lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
+    ok = lane < lanes
+    image, channel, row, column = locate(lane, CHANNELS, PLANE.rows, PLANE.columns, CHANNELS_LAST)
+    c = channel % NORM.group
+    at = offset(image, channel, row, column, XS, 1)
+    squares = tl.zeros(at.shape, tl.float32)
     for j in range(-NORM.left, NORM.right + 1):
-        v = widen(
-            tl.load(x + at + j * STEP, mask=ok & (c + j >= 0) & (c + j < NORM.group), other=0.0)
-        )
-        total += v * v
-    return total
+        inside = ok & (c + j >= 0) & (c + j < NORM.group)
+        v = widen(tl.load(x + at + j * XS.channel, mask=inside, other=0.0))
+        squares += v * v
+    own = widen(tl.load(x + at, mask=ok, other=0.0))
+    return ok, image, channel, row, column, own, NORM.k + NORM.scale * squares
 
 
 @triton.jit(do_not_specialize=["lanes"])
@@ -47,15 +62,11 @@ def wide_forward(
     BLOCK: tl.constexpr,
 ):
     """y = LRN(x), [N, CHANNELS, rows, columns]; lanes = elements."""
-    lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    ok = lane < lanes
-    image, channel, row, column = locate(lane, CHANNELS, PLANE.rows, PLANE.columns, CHANNELS_LAST)
-    at = offset(image, channel, row, column, XS, 1)
-    s = NORM.k + NORM.scale * squares(x, at, channel % NORM.group, ok, NORM, XS.channel)
-    value = widen(tl.load(x + at, mask=ok, other=0.0)) * power(s, NORM.beta)
-    tl.store(
-        y + offset(image, channel, row, column, YS, 1), narrow(value, y.dtype.element_ty), mask=ok
+    ok, image, channel, row, column, own, s = element(
+        x, lanes, XS, CHANNELS, PLANE, NORM, CHANNELS_LAST, WIDE, BLOCK
     )
+    value = narrow(own * power(s, NORM.beta), y.dtype.element_ty)
+    tl.store(y + offset(image, channel, row, column, YS, 1), value, mask=ok)
 
 
 @triton.jit(do_not_specialize=["lanes"])
@@ -75,17 +86,11 @@ def wide_parts(
     BLOCK: tl.constexpr,
 ):
     """q = g x s^(-beta-1) in float32."""
-    lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    ok = lane < lanes
-    image, channel, row, column = locate(lane, CHANNELS, PLANE.rows, PLANE.columns, CHANNELS_LAST)
-    at = offset(image, channel, row, column, XS, 1)
-    s = NORM.k + NORM.scale * squares(x, at, channel % NORM.group, ok, NORM, XS.channel)
-    grad = widen(tl.load(g + offset(image, channel, row, column, GS, 1), mask=ok, other=0.0))
-    value = (
-        grad
-        * widen(tl.load(x + at, mask=ok, other=0.0))
-        * power_over(power(s, NORM.beta), s, NORM.beta)
+    ok, image, channel, row, column, own, s = element(
+        x, lanes, XS, CHANNELS, PLANE, NORM, CHANNELS_LAST, WIDE, BLOCK
     )
+    grad = widen(tl.load(g + offset(image, channel, row, column, GS, 1), mask=ok, other=0.0))
+    value = grad * own * power_over(power(s, NORM.beta), s, NORM.beta)
     tl.store(q + offset(image, channel, row, column, QS, 1), value, mask=ok)
 
 
@@ -108,24 +113,19 @@ def wide_input_gradient(
     BLOCK: tl.constexpr,
 ):
     """gx from g, x and q; lanes as forward."""
-    lane = program_index(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    ok = lane < lanes
-    image, channel, row, column = locate(lane, CHANNELS, PLANE.rows, PLANE.columns, CHANNELS_LAST)
+    ok, image, channel, row, column, own, s = element(
+        x, lanes, XS, CHANNELS, PLANE, NORM, CHANNELS_LAST, WIDE, BLOCK
+    )
     c = channel % NORM.group
-    at = offset(image, channel, row, column, XS, 1)
-    at_q = offset(image, channel, row, column, QS, 1)
-    s = NORM.k + NORM.scale * squares(x, at, c, ok, NORM, XS.channel)
+    at = offset(image, channel, row, column, QS, 1)
     spread = tl.zeros(s.shape, tl.float32)
     for j in range(-NORM.right, NORM.left + 1):
-        spread += tl.load(
-            q + at_q + j * QS.channel, mask=ok & (c + j >= 0) & (c + j < NORM.group), other=0.0
-        )
-    own = widen(tl.load(x + at, mask=ok, other=0.0))
+        inside = ok & (c + j >= 0) & (c + j < NORM.group)
+        spread += tl.load(q + at + j * QS.channel, mask=inside, other=0.0)
     grad = widen(tl.load(g + offset(image, channel, row, column, GS, 1), mask=ok, other=0.0))
     value = grad * power(s, NORM.beta) - (2 * NORM.scale * NORM.beta) * own * spread
-    tl.store(
-        gx + offset(image, channel, row, column, DS, 1), narrow(value, gx.dtype.element_ty), mask=ok
-    )
+    place = gx + offset(image, channel, row, column, DS, 1)
+    tl.store(place, narrow(value, gx.dtype.element_ty), mask=ok)
 
 
 def forward(x: Tensor, y: Tensor, norm, last: bool) -> None:

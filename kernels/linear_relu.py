@@ -42,8 +42,9 @@ def as_convolution(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Conv]
 
 
 def as_pixels(rows: Tensor) -> Tensor:
-    """[M, I] -> [M, I, 1, 1]."""
-    return rows[:, :, None, None]
+    """[M, I] -> [M, I, 1, 1], a row's pitch as its pixel's strides: smaller ones would spoil the loads' alignment."""
+    pitch = rows.stride(0)
+    return rows.as_strided((*rows.shape, 1, 1), (pitch, rows.stride(1), pitch, pitch))
 
 
 def refuse_linear_relu(
@@ -134,7 +135,7 @@ def linear_relu_backward(
         dz = dz.contiguous()
     if output is not None:
         dz = masked(as_pixels(dz), as_pixels(output.reshape(-1, conv.outputs)), True)
-    dz = dz.reshape(-1, conv.outputs)[:, :, None, None]
+    dz = as_pixels(dz.reshape(-1, conv.outputs))
     precision = precision or float32_precision()
     gx, gw, gb = (input.new_empty(0) for _ in range(3))
     if output_mask[0]:

@@ -14,7 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         "unset TRITON_INTERPRET: interpreted kernels don't compile", allow_module_level=True
     )
 
-from tests.support import static_ledger, triton_ledger
+from fastalex.kernels import _configs as configs
+
+from tests.support import static_ledger, triton_aot, triton_cases, triton_ledger
 
 NAMES = triton_ledger.names()
 LEDGER = static_ledger.read(triton_ledger.LEDGER)
@@ -136,3 +138,36 @@ kernel:
     .vgpr_count:     64
     .vgpr_spill_count: 1
 """
+
+
+def tables():
+    """(table, what an entry's name must hold, the table's configurations), for each table of _configs.py."""
+    for scheme, tiles in configs.CONV_FORWARD.items():
+        yield f"forward {scheme}", ("/conv_relu/", f"/{scheme}/"), tiles
+    for last in (True, False):
+        layout = "/nhwc/" if last else "/nchw/"
+        yield (
+            f"input {layout}",
+            ("/conv_relu_backward/input/", layout),
+            (configs.CONV_INPUT_GRADIENT[last]),
+        )
+        yield f"weight {layout}", ("/conv_relu_backward/weight/", layout), None
+        for direction in ("forward", "backward"):
+            suffix = "/" if direction == "forward" else "_backward/"
+            key = f"{direction} {layout}"
+            yield f"lrn {key}", ("/lrn" + suffix, layout), configs.LRN[direction, last]
+            for normalised, op in ((False, "/max_pool"), (True, "/lrn_max_pool")):
+                launches = configs.POOL[direction, last, normalised]
+                yield f"pool {key} {normalised}", (op + suffix, layout), launches
+
+
+@pytest.mark.parametrize("arch", triton_aot.TARGETS)
+def test_every_configuration_of_every_table_is_compiled(arch):
+    names = [name for name in LEDGER if name.startswith(f"{arch}/")]
+    for table, parts, listed in tables():
+        entries = [n for n in names if all(part in n for part in parts)]
+        last = "/nhwc/" in parts
+        found = listed if listed is not None else configs.weight_gradient_table(last, arch)
+        for config in found:
+            tile = f"/{triton_cases.describe(config)}"
+            assert [n for n in entries if n.endswith(tile) or tile + "/" in n], (table, config)

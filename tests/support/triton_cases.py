@@ -5,7 +5,7 @@ that can be chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastalex.kernels import _configs as configs
@@ -13,6 +13,7 @@ from fastalex.kernels._conv import forward_scheme, geometry
 from fastalex.kernels._layout import strides
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.linear_relu import linear_relu, linear_relu_backward
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
 from fastalex.kernels.max_pool import max_pool, max_pool_backward
@@ -141,6 +142,9 @@ def forward_cases(
     conv = geometry(x.shape[2:], weight, *arguments[3:])
     scheme = forward_scheme(conv, strides(x), x.element_size())
     tiles = configs.conv_tiles(conv, scheme, batch, x.dtype, precision)
+    if every:  # the first one it would take, then all the others of the table
+        rest = [configs.with_split(t, conv, scheme, batch) for t in configs.CONV_FORWARD[scheme]]
+        tiles = list(dict.fromkeys([*tiles, *rest]))
     where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}/b{batch}"
     for i, tile in enumerate(tiles if every else tiles[:1]):
         yield Case(
@@ -162,7 +166,14 @@ def backward_cases(
         "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision),
         "weight": configs.weight_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
     }
-    for which, tiles in found.items():
+    if every:
+        found["input"] += configs.CONV_INPUT_GRADIENT[last]
+        found["weight"] += [
+            replace(t, split=configs.weight_gradient_split(t, conv, BATCH))
+            for t in configs.weight_gradient_table(last, arch)
+        ]
+    for which, listed in found.items():
+        tiles = list(dict.fromkeys(listed))
         wanted = (which == "input", which == "weight", which == "weight")
         for i, tile in enumerate(tiles if every else tiles[:1]):
             yield Case(
@@ -187,28 +198,58 @@ def label(dtype_name: str, precision: str) -> str:
     return precision if dtype_name == "fp32" else dtype_name
 
 
+def linear_cases() -> Iterator[Case]:
+    """fc6, the largest matrix of the network, forward and backward."""
+    x, w = (torch.empty(n, 9216, dtype=torch.float16, device="meta") for n in (BATCH, 4096))
+    y = torch.empty(BATCH, 4096, dtype=torch.float16, device="meta")
+    bias = y[0]
+    yield Case("linear_relu/fc6/fp16", "conv_relu_forward", lambda: linear_relu(x, w, bias, True))
+    for which, wanted in (("input", (True, False, False)), ("weight", (False, True, True))):
+        yield Case(
+            f"linear_relu_backward/{which}/fc6/fp16",
+            f"conv_{which}_gradient",
+            lambda wanted=wanted: linear_relu_backward(y, y, x, w, wanted),
+        )
+
+
+# the layers on which every configuration of a table is compiled, for every architecture: of each K scheme, and of each
+# table of the gradients
+WHOLE_TABLES = (("conv1", True), ("conv2", True), ("conv3", True), ("conv3", False))
+
+
 def cases(arch: str) -> list[Case]:
+    """Of an NVIDIA architecture, every configuration and the first choices of every layer and dtype; of AMD's, the
+    former in float16.
+    """
     found: list[Case] = []
-    for dtype_name, last in (("fp16", True), ("fp16", False), ("bf16", True), ("fp32", True)):
-        found += pointwise_cases(dtype_name, last, every=(dtype_name, last) == ("fp16", True))
+    for last in (True, False):
+        found += pointwise_cases("fp16", last, every=True)
+    for name, last in WHOLE_TABLES:
+        found += forward_cases(name, "fp16", last, "tf32", BATCH, every=True)
+        gradients = name == "conv3"
+        found += backward_cases(arch, name, "fp16", last, "tf32", every=gradients)
+    found += linear_cases()
+    if not arch.startswith("gfx"):
+        found += first_choices(arch)
+    return list({case.name: case for case in found}.values())
+
+
+def first_choices(arch: str) -> Iterator[Case]:
+    """What each layer would take unmeasured, in each dtype and precision, and at batch 1."""
+    for dtype_name in ("bf16", "fp32"):
+        yield from pointwise_cases(dtype_name, True, every=False)
     for name in LAYERS:
-        found += forward_cases(
-            name, "fp16", True, "tf32", BATCH, every=name not in ("conv1-unpadded", "conv5")
-        )
-        found += backward_cases(
-            arch, name, "fp16", True, "tf32", every=name in ("conv1", "conv3", "narrow")
-        )
+        yield from forward_cases(name, "fp16", True, "tf32", BATCH, every=False)
+        yield from backward_cases(arch, name, "fp16", True, "tf32", every=False)
     for name in ("conv1", "conv3", "conv5"):
-        found += forward_cases(name, "fp16", True, "tf32", 1, every=False)
+        yield from forward_cases(name, "fp16", True, "tf32", 1, every=False)
     for name, dtype_name, precision in (
         ("conv1", "fp32", "tf32"),
         ("conv3", "bf16", "tf32"),
         ("conv3", "fp32", "tf32"),
         ("conv3", "fp32", "ieee"),
     ):
-        found += forward_cases(name, dtype_name, True, precision, BATCH, every=False)
-        found += backward_cases(arch, name, dtype_name, True, precision, every=False)
-    for name in ("conv1-unpadded", "conv3"):
-        found += forward_cases(name, "fp16", False, "tf32", BATCH, every=name == "conv3")
-        found += backward_cases(arch, name, "fp16", False, "tf32", every=False)
-    return list({case.name: case for case in found}.values())
+        yield from forward_cases(name, dtype_name, True, precision, BATCH, every=False)
+        yield from backward_cases(arch, name, dtype_name, True, precision, every=False)
+    yield from forward_cases("conv1-unpadded", "fp16", False, "tf32", BATCH, every=False)
+    yield from backward_cases(arch, "conv1-unpadded", "fp16", False, "tf32", every=False)
