@@ -162,6 +162,29 @@ def test_refuses_float64_by_name():
         ops.linear_relu(*Linear((2,), 3, 4).tensors(torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "forward", "backward"),
+    [
+        (torch.float32, 1, "cpu", "torch"),
+        (torch.float32, 32, "cpu", "cpu"),
+        (torch.bfloat16, 1, "cpu", "torch"),
+        (torch.bfloat16, 32, "torch", "torch"),
+    ],
+)
+def test_torch_runs_what_it_does_faster(dtype, rows, forward, backward):
+    """As measured; explain gives the reason, and a forced backend does not take it for an answer."""
+    x, weight, bias = Linear((rows,), 20, 8).tensors(dtype)
+    gradients = (x.new_ones(rows, 8), None, x, weight, [True] * 3)
+    for table, call, expected in (
+        (LINEAR_RELU.kernels, (x, weight, bias, True), forward),
+        (LINEAR_RELU_BACKWARD.kernels, gradients, backward),
+    ):
+        assert table.choose(*call).backend == expected
+        assert (expected == "cpu") != ("torch's own" in table.explain(*call))
+        with fastalex.use_backend("cpu"):
+            assert table.choose(*call).backend == "cpu"
+
+
 def test_a_weight_may_change_at_every_call():
     """Nothing is kept of it: not by version, not by address."""
     layer, x = ops.LinearReLU(40, 30), torch.randn(4, 40)

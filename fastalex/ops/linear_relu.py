@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalex import reference
-from fastalex.backends import no_refusal
+from fastalex.backends import forced, no_refusal
 from fastalex.ops import _cpu, _cuda, _triton
 from fastalex.ops._arguments import require_floating, require_tensor
 from fastalex.ops._operator import Operator, autocasting, needs_reference
@@ -47,7 +47,20 @@ def _torch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(gradient.contiguous() for gradient in reference.linear_relu_backward(*arguments))
 
 
+#: Rows up to which a layer waits for its weights, so that half types cost half the time; with more, torch's tiles win.
+_FEW_ROWS = 4
+
+
 def _refuse(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    reason = _unable(input, weight)
+    if reason is not None or forced() is not None or input.dtype is torch.float32:
+        return reason
+    if input.shape[:-1].numel() > _FEW_ROWS:
+        return f"of {input.dtype} with more than {_FEW_ROWS} rows torch's own is faster"
+    return None
+
+
+def _unable(input: Tensor, weight: Tensor) -> str | None:
     if input.dtype is torch.float64:
         return "it takes float32, bfloat16 and float16, and this tensor is torch.float64"
     if not weight.is_contiguous():
@@ -60,7 +73,14 @@ def _refuse(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
 def _refuse_backward(
     grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> str | None:
-    return _refuse(input, weight)
+    reason = _unable(input, weight)
+    if reason is not None or forced() is not None:
+        return reason
+    if input.dtype is not torch.float32:
+        return f"of {input.dtype} torch's own gradients are faster"
+    if input.shape[:-1].numel() <= _FEW_ROWS:
+        return f"with {_FEW_ROWS} rows or fewer torch's own gradients are as fast"
+    return None
 
 
 _native_linear_relu = _cpu.native("linear_relu")
