@@ -30,22 +30,24 @@ def runtime_library(name: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-def run_under(variant: str, preload: str, *pytest_arguments: str) -> subprocess.CompletedProcess:
-    library = runtime_library(preload)
-    if library is None:
-        pytest.skip(f"g++ has no {preload}")
-    cuda_host.build(variant)
+def sanitized(preload: str) -> dict[str, str]:
+    """The variables under which Python runs with a sanitizer's runtime."""
     # A sanitizer looks up the C++ runtime's throw as it starts, before Python has loaded that runtime.
-    preloads = (library, runtime_library("libstdc++.so.6"))
-    environment = {
-        **os.environ,
-        "FASTALEX_HOST_CUDA": variant,
+    preloads = (runtime_library(preload), runtime_library("libstdc++.so.6"))
+    return {
         "LD_PRELOAD": " ".join(path for path in preloads if path),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:verify_asan_link_order=0",
         "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }
+
+
+def run_under(variant: str, preload: str, *pytest_arguments: str) -> subprocess.CompletedProcess:
+    if runtime_library(preload) is None:
+        pytest.skip(f"g++ has no {preload}")
+    cuda_host.build(variant)
+    environment = {**os.environ, "FASTALEX_HOST_CUDA": variant, **sanitized(preload)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     if variant == "thread" and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # a fixed address space: TSan's shadow needs it

@@ -154,9 +154,11 @@ class HostCuda:
 
 @cache
 def host_cuda(variant: str = "") -> HostCuda:
-    """The library of the variant that the environment asks for, plain otherwise."""
-    variant = variant or os.environ.get("FASTALEX_HOST_CUDA", "plain")
-    return HostCuda(build(variant), variant)
+    """The library of the variant that the environment asks for, plain otherwise; or the very one it names."""
+    asked = os.environ.get("FASTALEX_HOST_CUDA", "plain")
+    variant = variant or asked
+    named = os.environ.get("FASTALEX_HOST_CUDA_LIBRARY") if variant == asked else None
+    return HostCuda(Path(named) if named else build(variant), variant)
 
 
 @contextlib.contextmanager

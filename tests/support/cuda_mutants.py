@@ -1,4 +1,4 @@
-"""Bugs to plant in csrc/cuda, one at a time; tests/test_cuda_mutants.py checks that each is noticed."""
+"""Bugs to plant in csrc/cuda, one at a time, and the gate that must notice each: tests/test_cuda_mutants.py."""
 
 # ruff: noqa: E501 (patterns are lines of the kernels)
 from __future__ import annotations
@@ -11,12 +11,27 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
+    gate: str = "values"  # or address, or trace: a variant of the host runtime and its tests
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The sources to compile anew: enough for one dtype to be wrong."""
+        return ("conv_float",) if "tf32" in self.name else UNITS[self.file]
 
 
 CONV, COPY, MATH = "conv_relu.cuh", "conv_copy.cuh", "conv_math.cuh"
 TILE, GRAD, PARTS = "conv_tile.cuh", "conv_weight_grad.cuh", "conv_parts.cuh"
 LRN, WINDOW, BACK = "lrn.cuh", "lrn_window.cuh", "lrn_backward.cuh"
 POOL, POOLING, FUSED = "max_pool.cuh", "pool_window.cuh", "lrn_max_pool.cuh"
+
+UNITS = {
+    **dict.fromkeys((CONV, COPY, MATH, TILE), ("conv_half",)),
+    **dict.fromkeys((GRAD, PARTS), ("conv_relu",)),
+    "conv_plan.h": ("conv_half", "conv_relu"),
+    **dict.fromkeys((LRN, WINDOW, BACK), ("lrn",)),
+    **dict.fromkeys((POOL, POOLING), ("max_pool",)),
+    FUSED: ("lrn_max_pool",),
+}
 
 LOOP_WAIT = "    cp_async_wait<kLead - 1>();\n    __syncthreads();  // the next stage"
 FIRST_WAIT = "  cp_async_wait<kLead - 1>();\n  __syncthreads();  // the first stage"
@@ -39,11 +54,11 @@ MUTANTS = [
     Mutant("conv: A fragment lanes swapped", MATH, "warp_m + lane % 16, step * kStepBytes + lane / 16 * 16", "warp_m + lane / 16 * 8 + lane % 8, step * kStepBytes + lane / 8 % 2 * 16"),
     Mutant("conv: B registers swapped", MATH, "f.b[n / 2][n % 2 * 2], f.b[n / 2][n % 2 * 2 + 1]", "f.b[n / 2][n % 2 * 2 + 1], f.b[n / 2][n % 2 * 2]"),
     Mutant("conv: tf32 not rounded", MATH, "words[i] = to_tf32(value.value[0]);", "words[i] = value.word;"),
-    Mutant("conv: swizzle removed (trace)", TILE, "(((row >> 1) & 3) << 4)", "0"),
+    Mutant("conv: swizzle removed (trace)", TILE, "(((row >> 1) & 3) << 4)", "0", "trace"),
     Mutant("conv: depth tail not zeroed", TILE, "Tap tap = {0, kNowhere, 0};", "Tap tap = {0, 0, 0};"),
     Mutant("conv: row edge dropped", COPY, "static_cast<unsigned>(row[i] + tap.row) < static_cast<unsigned>(p.h.in) &&\n          static_cast<unsigned>(column[i] + tap.column)", "row[i] >= 0 &&\n          static_cast<unsigned>(column[i] + tap.column)"),
     Mutant("conv: window's last copy reads a neighbour", COPY, "min(Bytes, (p.window_values - inside) * static_cast<int>(sizeof(T)))", "Bytes"),
-    Mutant("conv: weight rows past the end", COPY, "k + depth < p.depth_pitch && i * RowsPerPass < rows_left", "k + depth < p.depth_pitch"),
+    Mutant("conv: weight rows past the end", COPY, "k + depth < p.depth_pitch && i * RowsPerPass < rows_left", "k + depth < p.depth_pitch", "address"),
     Mutant("conv: gather reads outside the image", COPY, "        if (valid) {\n", "        if (row[pixel] >= 0) {\n"),
     Mutant("conv: transposed tap off by one", "conv_plan.h", "(a.kernel - 1 - tap) / a.period + 1", "(a.kernel - tap) / a.period + 1"),
     Mutant("weight gradient: stage barrier missing", GRAD, "    __syncthreads();  // this stage", "    // this stage"),
@@ -51,7 +66,7 @@ MUTANTS = [
     Mutant("weight gradient: pixel tail", GRAD, "pixel + row < b.last_pixel && b.first_row", "b.first_row"),
     Mutant("weight gradient: transposed lanes", GRAD, "first + lane % 8 + lane / 16 * 8, pixel_b", "first + lane % 16, pixel_b"),
     Mutant("weight gradient: tap row edge", GRAD, "h >= 0 && h < p.h.in", "h < p.h.in"),
-    Mutant("pack: padding not zeroed", PARTS, "float value[1] = {0.0f};\n  if (real)", "float value[1] = {1.0f};\n  if (real)"),
+    Mutant("pack: padding not written", PARTS, "  store_values(static_cast<T*>(p.packed) + index, value);", "  if (real) store_values(static_cast<T*>(p.packed) + index, value);"),
     Mutant("mask: zero passes its gradient", PARTS, "if (y[0] <= 0.0f) g[0]", "if (y[0] < 0.0f) g[0]"),
     Mutant("bias sum: barrier missing", PARTS, "    __syncthreads();\n    if (static_cast<int>(threadIdx.x) < half)", "    if (static_cast<int>(threadIdx.x) < half)"),
     Mutant("splits: one left out", PARTS, "split < p.splits; split++", "split < p.splits - (p.splits > 1); split++"),
