@@ -19,7 +19,8 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 def test_every_operator_has_a_case_its_cost_model_takes():
     found = gpu_check.calls(torch.float16, "meta")
-    assert {op for op, _ in found.values()} == set(REGISTRY)
+    others = {"augment"}  # works on photographs, and is no part of a network's step
+    assert {op for op, _ in found.values()} == set(REGISTRY) - others
     for op, args in found.values():
         assert getattr(costs, op)(*args).bytes > 0
 
