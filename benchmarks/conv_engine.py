@@ -1,32 +1,71 @@
 """The CPU convolution engine by itself: against oneDNN, against its own alternatives, accuracy.
 
-    python benchmarks/conv_engine.py layers [--isa avx2]  # AlexNet: forward, gradients
+    python benchmarks/conv_engine.py layers    # AlexNet: forward, packing, gradients
     python benchmarks/conv_engine.py linear    # its fully connected layers, forward and backward
     python benchmarks/conv_engine.py picks     # the cost model's pick and every alternative
     python benchmarks/conv_engine.py accuracy  # error of every tile against float64
 
-Providers are interleaved and compared by medians; a pause after each oneDNN call lets torch's own
-threads, which spin for a while, go to sleep before the engine's are timed.
+Providers are interleaved and compared by medians. FASTALEX_CPU_ISA chooses the instruction set.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.support.conv_library import LinearPlan, Plan, Shape, available_isas
+import fastalex
+from fastalex.ops import _cpu_conv
+from fastalex.ops.conv_relu import CONV_RELU, CONV_RELU_BACKWARD
 
 NHWC = torch.channels_last
-PAUSE = 0.01
+DIRECT, WINOGRAD = 1, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution; ``input`` is (batch, channels, height, width)."""
+
+    input: tuple[int, int, int, int]
+    filters: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, (1, 1), self.groups
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rectified input, a weight that keeps its variance, and a bias."""
+        x = torch.randn(self.input).relu().contiguous(memory_format=NHWC)
+        shape = (self.filters, self.input[1] // self.groups, *self.kernel)
+        weight = torch.randn(shape) * (2 / (shape[1] * shape[2] * shape[3])) ** 0.5
+        return x, weight, torch.randn(self.filters) * 0.1
+
+
+@contextlib.contextmanager
+def forced(engine: int, tile: int = 0) -> Iterator[None]:
+    """Runs one engine, with one size of tile, whatever the cost model says."""
+    torch.ops.fastalex_cpu.force_conv_engine(engine, tile)
+    try:
+        yield
+    finally:
+        torch.ops.fastalex_cpu.force_conv_engine(0, 0)
+
 
 ALEXNET = {
     "conv1": Shape((32, 3, 227, 227), 96, (11, 11), (4, 4)),
@@ -72,210 +111,162 @@ def picks() -> list[Shape]:
             (224, 64, 3, 1, 1),
         ]
     ]
-    return same3 + down3 + pointwise + fives + stems
+    grouped = [Shape((8, 32, 56, 56), 32, padding=(1, 1), groups=32), *list(ALEXNET.values())[1:]]
+    return same3 + down3 + pointwise + fives + stems + grouped
 
 
-def interleave(providers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+def interleave(providers: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, the calls taking turns; every turn starts with one that is not timed."""
     times: dict[str, list[float]] = {name: [] for name in providers}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in providers.items():
             run()
-            elapsed = run()
-            if repeat:
-                times[name].append(elapsed * 1e3)
-            if name == "oneDNN":
-                time.sleep(PAUSE)
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def timed(run: Callable[[], object]) -> Callable[[], float]:
-    def measure() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return measure
-
-
-def tensors(shape: Shape) -> tuple[torch.Tensor, ...]:
-    x = torch.randn(shape.input).relu().contiguous(memory_format=NHWC)
-    scale = (2 / (shape.weight_shape[1] * shape.kernel[0] * shape.kernel[1])) ** 0.5
-    weight = torch.randn(shape.weight_shape) * scale
-    out = torch.empty(shape.output_shape).contiguous(memory_format=NHWC)
-    return x, weight, torch.randn(shape.filters) * 0.1, out
-
-
-def onednn(shape: Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    convolve = torch.ops.mkldnn._convolution_pointwise
-    weight = weight.contiguous(memory_format=NHWC)
-    sizes = (list(shape.padding), list(shape.stride), list(shape.dilation), shape.groups)
-    return timed(lambda: convolve(x, weight, bias, *sizes, "relu", [], ""))
-
-
-def layers(isa: str) -> None:
-    print(f"{'layer':8}{'pass':18}{'engine ms':>10}{'oneDNN ms':>11}{'ratio':>7}  plan")
+def layers() -> None:
+    print("| layer | pass | engine ms | oneDNN ms | ratio | plan |\n|---|---|---|---|---|---|")
     for name, shape in ALEXNET.items():
-        forward_layer(name, shape, isa)
-        if name != "conv1":
-            gradient_layer(name, shape, isa, "input_gradient")
-        gradient_layer(name, shape, isa, "weight_gradient")
+        x, weight, bias = shape.tensors()
+        y = CONV_RELU.run(x, weight, bias, *shape.geometry)
+        grad = torch.randn_like(y)
+        sizes = (list(shape.padding), list(shape.stride), [1, 1], shape.groups)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, list(x.shape))
+        fused = torch.ops.mkldnn._convolution_pointwise
+        engine = partial(CONV_RELU.run, x, weight, bias, *shape.geometry)
+        stock = partial(fused, x, packed, bias, *sizes, "relu", [], "")
+        report(name, shape, 0, interleave({"engine": engine, "oneDNN": stock}, 9))
+        for direction in (1, 2):
+            if direction == 1 and name == "conv1":
+                continue  # pixels want no gradient
+            gradient_layer(name, shape, direction, (grad, y, x, weight))
 
 
-def linears(isa: str) -> None:
+def gradient_layer(name: str, shape: Shape, direction: int, tensors: tuple[Tensor, ...]) -> None:
+    """ReLU's mask included on both sides."""
+    grad, y, x, weight = tensors
+    wanted = [direction == 1, direction == 2, direction == 2]
+    sizes = (shape.stride, shape.padding, (1, 1), False, [0, 0], shape.groups)
+
+    def stock() -> None:
+        dz = torch.ops.aten.threshold_backward(grad, y, 0)
+        torch.ops.aten.convolution_backward(dz, x, weight, [shape.filters], *sizes, wanted)
+
+    engine = partial(CONV_RELU_BACKWARD.run, grad, y, x, weight, *shape.geometry, wanted)
+    report(name, shape, direction, interleave({"engine": engine, "oneDNN": stock}, 5))
+
+
+def plan_of(shape: Shape, direction: int = 0) -> str:
+    x, weight = (
+        torch.empty(shape.input),
+        torch.empty(shape.filters, shape.input[1] // shape.groups, *shape.kernel),
+    )
+    text = _cpu_conv.plan(x, weight, None, *shape.geometry, direction)
+    return text.split(";")[0]
+
+
+def report(name: str, shape: Shape, direction: int, result: dict[str, float]) -> None:
+    ratio = result["engine"] / result["oneDNN"]
+    label = ("forward", "input gradient", "weight gradient")[direction]
+    times = f"{result['engine']:.2f} | {result['oneDNN']:.2f} | {ratio:.2f}"
+    print(f"| {name} | {label} | {times} | {plan_of(shape, direction)} |", flush=True)
+
+
+def linears() -> None:
+    """Of a fully connected layer, and of all three gradients: torch's own and the operator's."""
+    print(
+        "| rows x inputs x outputs | dtype | pass | engine ms | torch ms | ratio |\n|---|---|---|---|---|---|"
+    )
     sizes = ((9216, 4096), (4096, 4096), (4096, 1000))
     dtypes = (torch.float32, torch.bfloat16)
     for rows, (inputs, outputs), dtype in itertools.product((1, 32, 128), sizes, dtypes):
-        linear(isa, rows, inputs, outputs, dtype)
+        shapes = ((rows, inputs), (outputs, inputs), (outputs,))
+        leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+        layers = {
+            "engine": partial(fastalex.ops.linear_relu, *leaves),
+            "torch": lambda leaves=leaves: torch.nn.functional.linear(*leaves).relu_(),
+        }
+        result = interleave(layers, 9)
+        report_linear((rows, inputs, outputs), dtype, "forward", result)
+        with torch.enable_grad():
+            made = {name: run() for name, run in layers.items()}
+        grad = torch.randn(rows, outputs).to(dtype)
+        gradients = {
+            name: partial(torch.autograd.grad, out, leaves, grad, retain_graph=True)
+            for name, out in made.items()
+        }
+        report_linear((rows, inputs, outputs), dtype, "backward", interleave(gradients, 5))
 
 
-def forward_layer(name: str, shape: Shape, isa: str) -> None:
-    x, weight, bias, out = tensors(shape)
-    plan = Plan(shape, isa=isa)
-    packing = statistics.median(plan.pack(weight) for _ in range(5)) * 1e3
-    engine = lambda: plan.forward(x, weight, bias, out)  # noqa: E731
-    providers = {"engine": engine, "oneDNN": onednn(shape, x, weight, bias)}
-    report(name, "forward", interleave(providers, 9), plan)
-    print(f"{name:8}{'packing':18}{packing:10.2f}")
+def report_linear(
+    sizes: tuple[int, ...], dtype: torch.dtype, direction: str, result: dict[str, float]
+) -> None:
+    engine, stock = result["engine"], result["torch"]
+    times = f"{engine:.2f} | {stock:.2f} | {engine / stock:.2f}"
+    print(f"| {'x'.join(map(str, sizes))} | {str(dtype)[6:]} | {direction} | {times} |", flush=True)
 
 
-def gradient_layer(name: str, shape: Shape, isa: str, direction: str) -> None:
-    """ReLU's mask included on both sides."""
-    x, weight, _, out = tensors(shape)
-    out.normal_()
-    grad = torch.randn(shape.output_shape).contiguous(memory_format=NHWC)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = torch.empty(shape.filters)
-    plan = Plan(shape, direction=direction, isa=isa)
-    plan.pack(weight)
-    data = direction == "input_gradient"
-    sizes = (shape.stride, shape.padding, shape.dilation, False, [0, 0], shape.groups)
-
-    def engine() -> float:
-        if data:
-            return plan.input_gradient(grad, out, weight, grad_x)
-        return plan.weight_gradient(grad, out, x, grad_weight, grad_bias)
-
-    def stock() -> None:
-        dz = torch.where(out > 0, grad, 0)
-        wanted = [data, not data, not data]
-        torch.ops.aten.convolution_backward(dz, x, weight, [shape.filters], *sizes, wanted)
-
-    report(name, direction, interleave({"engine": engine, "oneDNN": timed(stock)}, 5), plan)
-
-
-def linear(isa: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    """Forward, and all three gradients, against torch's own."""
-    tensors = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    x, weight, bias = (tensor.to(dtype) for tensor in tensors)
-    plan = LinearPlan(rows, inputs, outputs, isa=isa, dtype=dtype)
-    out, grad = torch.empty(rows, outputs, dtype=dtype), torch.randn(rows, outputs).to(dtype)
-    results = tuple(torch.empty_like(tensor) for tensor in (x, weight, bias))
-    masked = torch.empty_like(grad)
-
-    def stock_backward() -> None:
-        torch.mul(grad, out > 0, out=masked)
-        torch.mm(masked, weight, out=results[0])
-        torch.mm(masked.t(), x, out=results[1])
-        torch.sum(masked, 0, out=results[2])
-
-    pairs = {
-        "forward": (
-            lambda: plan.forward(x, weight, bias, out),
-            timed(lambda: torch.nn.functional.linear(x, weight, bias).relu_()),
-        ),
-        "backward": (
-            lambda: plan.backward(grad, out, x, weight, results),
-            timed(stock_backward),
-        ),
-    }
-    for direction, (engine, stock) in pairs.items():
-        result = interleave({"engine": engine, "torch": stock}, 9)
-        rate = weight.nbytes / result["engine"] / 1e6
-        print(
-            f"linear {str(dtype)[6:]} {rows}x{inputs}x{outputs} {direction}: "
-            f"engine {result['engine']:.2f} ms ({rate:.0f} GB/s of weights), "
-            f"torch {result['torch']:.2f} ms, ratio {result['engine'] / result['torch']:.2f}",
-            flush=True,
-        )
-
-
-def report(name: str, direction: str, result: dict[str, float], plan: Plan) -> None:
-    ratio = result["engine"] / result["oneDNN"]
-    text = plan.explain().split(";")[0]
-    print(
-        f"{name:8}{direction:18}{result['engine']:10.2f}{result['oneDNN']:11.2f}{ratio:7.2f}  {text}",
-        flush=True,
-    )
-
-
-def compare_picks(isa: str) -> None:
-    within = [compare_pick(shape, isa) for shape in picks()]
+def compare_picks() -> None:
+    print("| input | filters | kernel, stride | pick ms | direct ms | tiles ms | pick / best |")
+    print("|---|---|---|---|---|---|---|")
+    within = [compare_pick(shape) for shape in picks()]
     close = sum(ratio <= 1.15 for ratio in within)
-    print(f"{close} of {len(within)} picks within 15 % of the best; worst {max(within):.2f}")
+    print(f"\n{close} of {len(within)} picks within 15 % of the best; worst {max(within):.2f}")
 
 
-def compare_pick(shape: Shape, isa: str) -> float:
-    """Time of the pick over that of the best alternative."""
-    x, weight, bias, out = tensors(shape)
-    plans = {"auto": Plan(shape, isa=isa), "direct": Plan(shape, isa=isa, engine="direct")}
+def compare_pick(shape: Shape) -> float:
+    """Time of the pick over that of the best alternative, itself among them."""
+    x, weight, bias = shape.tensors()
+
+    def run(engine: int, tile: int = 0) -> None:
+        with forced(engine, tile):
+            CONV_RELU.run(x, weight, bias, *shape.geometry)
+
+    runs: dict[str, Callable[[], None]] = {"pick": partial(run, 0), "direct": partial(run, DIRECT)}
     for tile in range(3, 7):
-        plan = Plan(shape, isa=isa, engine="winograd", tile=tile)
-        if plan.chosen == "winograd":
-            plans[f"tile {tile}"] = plan
-    for plan in plans.values():
-        plan.pack(weight)
-    runs = {n: partial(p.forward, x, weight, bias, out) for n, p in plans.items()}
-    result = interleave(runs, 3)
-    times = "  ".join(f"{k} {v:.2f}" for k, v in result.items())
-    kernel = f"k{shape.kernel[0]} s{shape.stride[0]}"
-    print(f"{shape.input} -> {shape.filters} {kernel}: {times}", flush=True)
-    return result["auto"] / min(v for k, v in result.items() if k != "auto")
+        with forced(WINOGRAD, tile):
+            if plan_of(shape).startswith(f"winograd F({tile},"):
+                runs[f"{tile}"] = partial(run, WINOGRAD, tile)
+    result = interleave(runs, 5)
+    pick, direct = result.pop("pick"), result.pop("direct")
+    ratio = pick / min(pick, direct, *result.values())
+    tiles = ", ".join(f"F({tile}) {ms:.2f}" for tile, ms in result.items()) or "none fits"
+    kernel = f"{shape.kernel[0]}, {shape.stride[0]}"
+    times = f"{pick:.2f} | {direct:.2f} | {tiles} | {ratio:.2f}"
+    print(
+        f"| {'x'.join(map(str, shape.input))} | {shape.filters} | {kernel} | {times} |", flush=True
+    )
+    return ratio
 
 
-def accuracy(isa: str) -> None:
-    tiles = [
-        (2, 3),
-        (2, 4),
-        (3, 3),
-        (3, 4),
-        (3, 5),
-        (3, 6),
-        (3, 7),
-        (4, 3),
-        (4, 4),
-        (5, 3),
-        (5, 4),
-        (5, 5),
-    ]
-    print(f"{'tile':10}{'relative norm':>15}{'largest / largest output':>26}")
+def accuracy() -> None:
+    tiles = [(2, 3), (2, 4), (3, 3), (3, 4), (3, 5), (3, 6), (3, 7)]
+    tiles += [(4, 3), (4, 4), (5, 3), (5, 4), (5, 5)]
+    print("| tile | relative norm | largest / largest output |\n|---|---|---|")
+    fastalex.set_conv_precision("medium")
     for taps, tile in tiles:
         size = 3 * tile + 2 * (tile - 1) + taps - 1
         shape = Shape((4, 256, size, size), 64, (taps, taps))
-        x, weight, _, out = tensors(shape)
-        plan = Plan(shape, engine="winograd", tile=tile, precision="medium", relu=False, isa=isa)
-        plan.pack(weight)
-        plan.forward(x, weight, None, out)
-        expected = torch.conv2d(x.double(), weight.double())
+        x, weight, bias = shape.tensors()
+        with forced(WINOGRAD, tile):
+            out = CONV_RELU.run(x, weight, bias, *shape.geometry)
+        expected = torch.conv2d(x.double(), weight.double(), bias.double()).relu()
         error = out.double() - expected
         norm, largest = error.norm() / expected.norm(), error.abs().max() / expected.abs().max()
-        print(f"F({tile}, {taps})   {norm.item():15.1e}{largest.item():26.1e}", flush=True)
-
-
-COMMANDS = {
-    "layers": layers,
-    "linear": linears,
-    "picks": compare_picks,
-    "accuracy": accuracy,
-}
+        print(f"| F({tile},{taps}) | {norm.item():.1e} | {largest.item():.1e} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=list(COMMANDS))
-    parser.add_argument("--isa", choices=available_isas(), default=available_isas()[-1])
-    arguments = parser.parse_args()
+    parser.add_argument("what", choices=["layers", "linear", "picks", "accuracy"])
+    what = parser.parse_args().what
     torch.manual_seed(0)
-    COMMANDS[arguments.what](arguments.isa)
+    with torch.no_grad():
+        runs = {"layers": layers, "linear": linears, "picks": compare_picks, "accuracy": accuracy}
+        runs[what]()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,13 +12,15 @@ from fastalex import reference
 from fastalex._geometry import empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu_conv, _cuda, _triton
-from fastalex.ops._arguments import Pair, pair, require_floating, require_rank, require_tensor
-from fastalex.ops._operator import (
-    Operator,
-    autocasting,
-    needs_dispatcher,
-    needs_reference,
+from fastalex.ops._arguments import (
+    Pair,
+    pair,
+    remembered,
+    require_floating,
+    require_rank,
+    require_tensor,
 )
+from fastalex.ops._operator import Operator, autocasting, needs_reference
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
@@ -102,7 +105,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[:3]]
     wanted[2] = wanted[2] and ctx.has_bias
-    grads = CONV_RELU_BACKWARD.dispatch(grad, output, input, weight, *ctx.geometry, wanted)
+    grads = CONV_RELU_BACKWARD(grad, output, input, weight, *ctx.geometry, wanted)
     kept = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return *kept, *(None,) * 4
 
@@ -114,7 +117,7 @@ CONV_RELU.register_vmap([0])
 CONV_RELU_BACKWARD.register_vmap([])
 
 
-def _checked_padding(padding: Any, weight: Tensor, stride: Pair, dilation: Pair) -> Any:
+def _checked_padding(padding: Any, kernel: Pair, stride: Pair, dilation: Pair) -> Any:
     """(height, width), or the four margins that an uneven padding='same' needs."""
     if not isinstance(padding, str):
         return pair(padding, "padding", 0)
@@ -126,55 +129,64 @@ def _checked_padding(padding: Any, weight: Tensor, stride: Pair, dilation: Pair)
         )
     if stride != (1, 1):
         raise ValueError(f"padding='same' needs stride 1, and stride is {stride}")
-    reach = [dilation[d] * (weight.shape[d + 2] - 1) for d in (0, 1)]
+    reach = [dilation[d] * (kernel[d] - 1) for d in (0, 1)]
     if not (reach[0] % 2 or reach[1] % 2):
         return reach[0] // 2, reach[1] // 2
     return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
 
 
-def _check_ranks(input: Tensor, weight: Tensor) -> None:
+@remembered
+def _checked_geometry(
+    input: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+) -> tuple[Pair, Any, Pair]:
+    """Stride, padding (see _checked_padding) and dilation as pairs, for shapes that fit together."""
     name = "conv2d_relu"
-    require_rank(input, (3, 4), name)
-    if weight.dim() != 4:
-        raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
-
-
-def _check(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> None:
-    name = "conv2d_relu"
-    require_floating(input, name)
-    for label, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
-        if tensor is not None and tensor.dtype != input.dtype and not autocasting(input):
-            raise TypeError(
-                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
-            )
-    outputs, channels = weight.shape[:2]
+    steps, spread = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    pads = _checked_padding(padding, weight[2:], steps, spread)  # type: ignore[arg-type]
+    outputs, channels = weight[:2]
     if not isinstance(groups, int) or groups < 1 or outputs % groups:
         raise ValueError(
             f"{name}: groups is {groups!r}; it must divide the {outputs} output channels"
         )
-    if input.shape[-3] != channels * groups:
+    if input[-3] != channels * groups:
         raise ValueError(
-            f"{name}: input has {input.shape[-3]} channels; weight {tuple(weight.shape)} in {groups} "
+            f"{name}: input has {input[-3]} channels; weight {tuple(weight)} in {groups} "
             f"groups takes {channels * groups}"
         )
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"{name}: bias is {tuple(bias.shape)}; it must be ({outputs},)")
+    if bias is not None and bias != (outputs,):
+        raise ValueError(f"{name}: bias is {tuple(bias)}; it must be ({outputs},)")
     for d in (0, 1):
-        reach = dilation[d] * (weight.shape[d + 2] - 1) + 1
-        if weight.shape[d + 2] < 1 or input.shape[d - 2] + 2 * padding[d] < reach:
+        reach = spread[d] * (weight[d + 2] - 1) + 1
+        room = input[d - 2] + (2 * pads[d] if len(pads) == 2 else reach - 1)
+        if weight[d + 2] < 1 or room < reach:
             raise ValueError(
-                f"{name}: a kernel of {tuple(weight.shape[2:])} with dilation {dilation} does not "
-                f"fit input {tuple(input.shape)} with padding {padding}"
+                f"{name}: a kernel of {tuple(weight[2:])} with dilation {spread} does not "
+                f"fit input {tuple(input)} with padding {pads}"
             )
+    return steps, pads, spread
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    name = "conv2d_relu"
+    require_floating(input, name)
+    given = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
+    for label, tensor in given:
+        require_tensor(tensor, name, label)
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
+        if tensor.dtype != input.dtype and not autocasting(input):
+            raise TypeError(
+                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
+            )
+    require_rank(input, (3, 4), name)
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
 
 
 def conv2d_relu(
@@ -206,23 +218,20 @@ def conv2d_relu(
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
     """
-    for label, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is not None or label != "bias":
-            require_tensor(tensor, "conv2d_relu", label)
-    _check_ranks(input, weight)  # padding='same' reads the sizes
-    steps = pair(stride, "stride", 1)
-    spread = pair(dilation, "dilation", 1)
-    pads = _checked_padding(padding, weight, steps, spread)
-    batched = input if input.dim() != 3 else input.unsqueeze(0)
+    _check_tensors(input, weight, bias)
+    bias_shape = None if bias is None else bias.shape
+    steps, pads, spread = _checked_geometry(
+        input.shape, weight.shape, bias_shape, stride, padding, dilation, groups
+    )
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
     if len(pads) == 4:  # padding='same' around an even kernel
         batched, pads = F.pad(batched, pads), (0, 0)
-    _check(batched, weight, bias, pads, spread, groups)
     arguments = (batched, weight, bias, steps, pads, spread, groups)
-    if needs_dispatcher(input, weight, bias) or autocasting(input):
-        forward = reference.conv_relu if needs_reference() else CONV_RELU.dispatch
-        output: Tensor = forward(*arguments)
+    output: Tensor
+    if autocasting(input):
+        output = (reference.conv_relu if needs_reference() else CONV_RELU.dispatch)(*arguments)
     else:
-        output = CONV_RELU.run(*arguments)
+        output = CONV_RELU(*arguments)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

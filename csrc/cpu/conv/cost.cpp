@@ -9,11 +9,25 @@
 namespace fastalex::cpu::conv {
 namespace {
 
-// Rates of a core per float lane; ratios between engines matter, not the absolute values.
+// Rates of a core; ratios between engines matter, not the absolute values.
 constexpr double kClock = 3.5e9;
-constexpr double kFlopsPerLane = 4.0 * kClock;  // two fused multiply-adds a cycle
-constexpr double kSharedBytes = 16e9;           // last-level cache or memory, per core
-constexpr double kProductEfficiency = 0.88;
+constexpr double kSharedBytes = 19e9;  // last-level cache or memory, per core
+
+// Steps of a vector a second: a Zen 4 takes its 512-bit vectors in two halves.
+double vector_rate(const ConvKernels& kernels) {
+#if defined(__x86_64__)
+  static const bool halves = __builtin_cpu_is("amdfam19h");
+  if (halves && kernels.lanes == 16) return kClock / 2;
+#endif
+  return kClock;
+}
+
+double flops_per_lane(const ConvKernels& kernels) {
+  return 4.0 * vector_rate(kernels);  // two fused multiply-adds a cycle
+}
+
+constexpr double kProductEfficiency = 0.95;
+constexpr double kProductTerms = 5;  // what beginning and ending a block of sums costs, in terms
 
 // A register block with few rows leaves multipliers idle while it waits for its own sums.
 double row_efficiency(const ConvKernels& kernels, double rows, int vectors) {
@@ -25,14 +39,14 @@ double row_efficiency(const ConvKernels& kernels, double rows, int vectors) {
 
 double product_seconds(const ConvKernels& kernels, double rows, double terms, double width,
                        double calls, int vectors) {
-  const double flops = 2.0 * rows * terms * width * calls;
-  return flops / (kFlopsPerLane * kernels.lanes * kProductEfficiency *
+  const double flops = 2.0 * rows * (terms + kProductTerms) * width * calls;
+  return flops / (flops_per_lane(kernels) * kernels.lanes * kProductEfficiency *
                   row_efficiency(kernels, rows, vectors));
 }
 
 // Fetching hides behind multiplying, but not all of it.
 double overlapped(double multiply, double traffic) {
-  constexpr double kExposed = 0.25;
+  constexpr double kExposed = 0.15;
   return std::max(multiply, traffic) + kExposed * std::min(multiply, traffic);
 }
 
@@ -56,9 +70,12 @@ double winograd_seconds(const ConvKernels& kernels, const Part& part, int thread
   const double input_vectors = transformed * channels / kernels.lanes;
   const double output_vectors = transformed * panels.padded() / kernels.lanes;
   const double transform =
-      (input_vectors * (3.0 + 0.35 * points) + output_vectors * (2.0 + 0.3 * big)) / kClock;
-  const double copies =
-      part.fold.factor > 1 ? 2.0 * transformed * channels / kernels.lanes / kClock : 0;
+      (input_vectors * (3.0 + 0.35 * points) + output_vectors * (4.5 + 0.3 * big)) /
+      vector_rate(kernels);
+  constexpr double kFoldSteps = 22;  // many short runs of pixels
+  const double copies = part.fold.factor > 1 ? kFoldSteps * transformed * channels / kernels.lanes /
+                                                   vector_rate(kernels)
+                                             : 0;
   const double weights = 4.0 * points * points * g.channels * panels.padded() *
                          (w.schedule == Schedule::kShared ? g.groups : blocks);
   const double traffic = weights / kSharedBytes;
@@ -72,7 +89,8 @@ double direct_seconds(const ConvKernels& kernels, const Part& part, int threads)
   const double outputs = static_cast<double>(g.images) * g.groups * g.out_height;
   const double multiply =
       product_seconds(kernels, g.out_width, g.terms(), panels.padded(), outputs, vectors);
-  const double stores = outputs * g.out_width * panels.padded() / kernels.lanes * 3.0 / kClock;
+  const double stores =
+      outputs * g.out_width * panels.padded() / kernels.lanes * 3.0 / vector_rate(kernels);
   return (multiply + stores) / threads + 3e-6;
 }
 

@@ -82,10 +82,13 @@ void gather_strided(const GatherCall& call) {
   }
 }
 
-// Pixels adjacent (NCHW): squares of lanes x lanes, transposed in registers.
+// Pixels adjacent (NCHW): squares of lanes x lanes, transposed in registers. The mask lies as the
+// values do, or with its channels adjacent.
 template <class S>
 void gather_planes(const GatherCall& call) {
   const S* in = static_cast<const S*>(call.data);
+  const S* mask = static_cast<const S*>(call.mask);
+  const bool planar_mask = mask && call.mask_pixel_stride == 1;
   for (int c0 = 0; c0 < call.channels; c0 += kLane) {
     const int channels = std::min(kLane, call.channels - c0);
     const int width = std::min(kLane, call.padded_channels - c0);
@@ -95,9 +98,17 @@ void gather_planes(const GatherCall& call) {
       for (int c = 0; c < kLane; ++c) {
         square[c] =
             c < channels ? load_up_to(in + (c0 + c) * call.channel_stride + p0, pixels) : F32{};
+        if (planar_mask && c < channels) {
+          const S* sign = mask + (c0 + c) * call.mask_channel_stride + p0;
+          square[c] = load_up_to(sign, pixels) <= 0.0f ? F32{} : square[c];
+        }
       }
       transpose(square);
       for (int64_t p = 0; p < pixels; ++p) {
+        if (mask && !planar_mask) {
+          const S* sign = mask + (p0 + p) * call.mask_pixel_stride + c0;
+          square[p] = load_up_to(sign, channels) <= 0.0f ? F32{} : square[p];
+        }
         store_up_to(call.out + (p0 + p) * call.out_stride + c0, square[p], width);
       }
     }
@@ -181,7 +192,9 @@ void gather(const GatherCall& call) {
   const bool few = call.channels <= kLane && call.padded_channels <= kLane && !call.mask;
   visit_float_dtype(call.dtype, [&]<class S>(S) {
     if (!adjacent) {
-      const bool planes = call.pixel_stride == 1 && !call.mask && call.channels >= kLane / 2;
+      const bool mask_fits =
+          !call.mask || call.mask_pixel_stride == 1 || call.mask_channel_stride == 1;
+      const bool planes = call.pixel_stride == 1 && mask_fits && call.channels >= kLane / 2;
       return planes ? gather_planes<S>(call) : gather_strided<S>(call);
     }
     few ? gather_few_channels<S>(call) : gather_channels_last<S>(call);
