@@ -89,7 +89,7 @@ class KernelTable:
 
     def choose(self, *args: Any) -> Kernel:
         """The kernel that serves this call; raises BackendError where a forced one cannot."""
-        name = forced()
+        name = _forced.get()
         if name is not None:
             return self._forced_kernel(name, args)
         for kernel in self.kernels:
