@@ -212,7 +212,7 @@ def test_unknown_build_choice():
         pytest.skip("fastalex is installed without its setup.py")
     done = python(str(setup), "--version", cwd=setup.parent, FASTALEX_BUILD="fast")
     assert done.returncode == 1
-    assert "FASTALEX_BUILD is 'fast'; it can be auto, cpu or none" in done.stderr
+    assert "FASTALEX_BUILD is 'fast'; it can be auto, cpu, cuda or none" in done.stderr
 
 
 USE = """
