@@ -98,9 +98,9 @@ def test_lrn_max_pool_cases(lrn, pool, dtype, backend):
 @every_dtype
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)
 def test_conv_relu_cases(case, dtype, backend):
-    test_conv_relu.test_forward(backend, dtype, case)
+    test_conv_relu.test_forward(backend, "highest", dtype, case)
     if case in test_conv_relu.OPERATOR_CASES:
-        test_conv_relu.test_backward(backend, dtype, case)
+        test_conv_relu.test_backward(backend, "highest", dtype, case)
 
 
 @every_backend
