@@ -76,6 +76,7 @@ def all_cases() -> list[Case]:
         bench_lrn,
         bench_lrn_max_pool,
         bench_max_pool,
+        bench_zoo,
     )
 
     modules = (
@@ -86,6 +87,7 @@ def all_cases() -> list[Case]:
         bench_conv_relu,
         bench_linear_relu,
         bench_augment,
+        bench_zoo,
     )
     cases = [case for module in modules for case in module.cases()]
     return sorted(cases, key=lambda case: case.name.startswith("overhead/"))

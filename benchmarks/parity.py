@@ -28,6 +28,7 @@ from benchmarks import (
     bench_lrn,
     bench_lrn_max_pool,
     bench_max_pool,
+    bench_zoo,
     photos,
 )
 from benchmarks.cases import Case
@@ -233,6 +234,20 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Check]]] = {
     "linear_relu": check_linear_relu,
     "augment": check_augment,
 }
+
+
+def check_zoo(
+    network: bench_zoo.Network, dtype: torch.dtype, device: torch.device
+) -> Iterator[Check]:
+    """Twice stock's own error, and what the convolution's precision allows each layer."""
+    truth = network.results(torch.float64, False)
+    stock, ours = (distance(network.results(dtype, fast), truth) for fast in (False, True))
+    layers = sum(isinstance(module, torch.nn.Conv2d) for module in network.build().modules())
+    allowed = 2 * stock + layers * 1e-5
+    yield Check(network.name, "output", ours, stock, allowed)
+
+
+CHECKS |= {net.name: functools.partial(check_zoo, net) for net in bench_zoo.networks()}
 
 
 def verify(cases: Iterable[Case], device: torch.device) -> Iterator[tuple[str, list[Check]]]:

@@ -141,9 +141,10 @@ def _convolve(
 
 def linear(input: Tensor, linear: nn.Linear, relu: ReLU) -> Tensor:
     """relu(linear(input))."""
-    if not (_plain(linear, nn.Linear) and _dense_weight(linear) and _plain_relu(relu)):
+    plain = _plain(linear, nn.Linear) and _dense_weight(linear) and _plain_relu(relu)
+    if not (plain and _real(input)):
         return _rectify(linear(input), relu)
-    return _rectify_own(F.linear(input, linear.weight, linear.bias))
+    return ops.linear_relu(input, linear.weight, linear.bias)
 
 
 def lrn(input: Tensor, norm: nn.LocalResponseNorm) -> Tensor:

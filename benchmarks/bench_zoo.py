@@ -1,0 +1,118 @@
+"""Rows of networks that others wrote, optimised in place: torchvision's, BVLC's with LRN, and LPIPS."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastalex
+from benchmarks.cases import PEERS, Case, Prepared, Unavailable, compiled
+from fastalex import models
+
+TORCHVISION = (
+    "alexnet", "vgg16", "squeezenet1_1", "googlenet", "resnet18", "resnet50", "densenet121",
+)  # fmt: skip
+BATCH, PAIRS = 8, 8
+
+
+def _torchvision(name: str) -> nn.Module:
+    try:
+        from torchvision.models import get_model
+    except ImportError as failure:
+        raise Unavailable("torchvision is not installed: pip install 'fastalex[zoo]'") from failure
+    options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
+    return get_model(name, weights=None, **options)
+
+
+def _lpips(copy_of: str, net: str = "alex") -> nn.Module:
+    """The distance with random backbones, so that nothing is downloaded; its own layers have their weights."""
+    options = {"net": net, "pretrained": True, "pnet_rand": True}
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            if copy_of == "torchmetrics":
+                from torchmetrics.functional.image.lpips import _LPIPS
+
+                return _LPIPS(**options)
+            from lpips import LPIPS
+
+            return LPIPS(verbose=False, **options)
+    except ImportError as failure:
+        raise Unavailable(f"{copy_of} is not installed: pip install 'fastalex[zoo]'") from failure
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to build it, and the shapes of its inputs."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    to_images: bool = False  # times the gradient with respect to the first input
+
+    def prepare(self, provider: str, device: torch.device) -> Prepared:
+        if provider in PEERS:
+            raise Unavailable(f"{provider} is measured on AlexNet alone")
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            net = self.build().eval().requires_grad_(False).to(device)
+            inputs = [torch.rand(shape).to(device) for shape in self.shapes]
+        if provider == "fastalex":
+            fastalex.optimize(net)
+        forward: Callable[..., Tensor] = net
+        if provider == "compile":
+            forward = compiled(net, freezing=not self.to_images)
+        if self.to_images:
+            inputs[0].requires_grad_()
+            return Prepared(
+                lambda: torch.autograd.grad(forward(*inputs).sum(), inputs[0]),
+                tuple(net.parameters()),
+            )
+
+        def call() -> object:
+            with torch.no_grad():
+                return forward(*inputs)
+
+        return Prepared(call, tuple(net.parameters()))
+
+    def results(self, dtype: torch.dtype, optimised: bool) -> Tensor:
+        """The output, or the images' gradient, for the check of parity."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            net = self.build().eval().requires_grad_(False).to(dtype)
+            inputs = [torch.rand((2, *shape[1:])).to(dtype) for shape in self.shapes]
+        if optimised:
+            fastalex.optimize(net)
+        if self.to_images:
+            inputs[0].requires_grad_()
+            return torch.autograd.grad(net(*inputs).sum(), inputs[0])[0]
+        with torch.no_grad():
+            return net(*inputs)
+
+
+def networks() -> Iterator[Network]:
+    image = ((BATCH, 3, 224, 224),)
+    for name in TORCHVISION:
+        yield Network(f"zoo/{name}", functools.partial(_torchvision, name), image)
+    stock = functools.partial(models.alexnet, "caffenet", fused=False)
+    yield Network("zoo/caffenet", stock, ((BATCH, 3, 227, 227),))
+    stock = functools.partial(models.googlenet, fused=False)
+    yield Network("zoo/bvlc_googlenet", stock, image)
+    pairs = ((PAIRS, 3, 256, 256),) * 2
+    for copy_of, suffix in (("lpips", ""), ("torchmetrics", "-torchmetrics")):
+        build = functools.partial(_lpips, copy_of)
+        yield Network(f"lpips/alex/infer/256{suffix}", build, pairs)
+        yield Network(f"lpips/alex/grad/256{suffix}", build, pairs, to_images=True)
+
+
+def cases() -> Iterator[Case]:
+    for network in networks():
+        yield Case(network.name, network.name, torch.float32, network.prepare, (), full=True)
