@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import models
-from fastalex.models import parallel
+from fastalex.models import parallel, processes
 from tests.support.packaging import ROOT, run
 
 IMAGES, CLASSES = 4, 8
@@ -77,7 +77,11 @@ def test_towers_on_devices(changes: dict[str, Any]) -> None:
     net = small_network(**changes)
     towers = net.parallelize(["cpu", "cpu"])
     assert torch.allclose(step(towers, *batch()), loss, rtol=1e-6)
-    found = [gradients(tower) for tower in towers.towers]
+    stacks = ((towers.features[i], towers.classifier[i]) for i in (0, 1))
+    found = [
+        gradients(nn.ModuleDict({"features": features, "classifier": classifier}))
+        for features, classifier in stacks
+    ]
     assert_close(parallel.merge(found), expected)
     merged = towers.merged_state_dict()
     assert merged.keys() == net.state_dict().keys()
@@ -91,7 +95,8 @@ def test_the_papers_network_in_two_halves(preset: str) -> None:
     """Each half has half of every layer: 30 million weights, and the same logits."""
     net = models.alexnet(preset).eval()
     towers = net.parallelize(["cpu", "cpu"])
-    sizes = [sum(p.numel() for p in tower.parameters()) for tower in towers.towers]
+    halves = (nn.ModuleList([towers.features[i], towers.classifier[i]]) for i in (0, 1))
+    sizes = [sum(p.numel() for p in half.parameters()) for half in halves]
     assert sizes[0] == sizes[1]
     assert sum(sizes) == sum(p.numel() for p in net.parameters())
     images = torch.randn(2, 3, 224, 224)
@@ -115,7 +120,7 @@ def test_what_cannot_be_split_says_why(preset: str, changes: dict[str, int], mes
 
 def test_processes_need_a_group() -> None:
     with pytest.raises(RuntimeError, match="torchrun"):
-        parallel.Hybrid(small_network())
+        processes.Hybrid(small_network())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,9 +89,14 @@ def parser() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> None:
     changes = given(arguments)
     if arguments.resume is not None:
-        finish(build.resume(arguments.resume, changes), arguments.compare)
+        finish(build.resume(arguments.resume, changes, _screen()), arguments.compare)
     else:
-        finish(build.start(Options(**changes), arguments.out, Screen()), arguments.compare)
+        finish(build.start(Options(**changes), arguments.out, _screen()), arguments.compare)
+
+
+def _screen() -> Screen:
+    """Of several processes, the first speaks."""
+    return Screen(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def finetune(arguments: argparse.Namespace) -> None:
@@ -108,7 +114,7 @@ def finetune(arguments: argparse.Namespace) -> None:
         made = Options(**{**options, "preset": options["preset"]})
         name = build.head(build.make_model(made, len(state["classes"]))).rpartition(".")[2]
         options["rate"] = [f"{name}={HEAD_RATE}"]
-    finish(build.start(Options(**options), arguments.out, Screen()), arguments.compare)
+    finish(build.start(Options(**options), arguments.out, _screen()), arguments.compare)
 
 
 def finish(trainer: Trainer, steps: int) -> None:
@@ -116,11 +122,13 @@ def finish(trainer: Trainer, steps: int) -> None:
     from fastalex.train import report
     from fastalex.train.compare import compare
 
-    if trainer.options.tensorboard:
+    if trainer.options.tensorboard and trainer.rank == 0:
         trainer.listeners.append(_tensorboard(trainer))
     trainer.fit()
     trainer.take_best()
     scores = trainer.score(trainer.data.test)
+    if trainer.rank != 0:
+        return
     say = trainer.screen.say
     say(
         f"test accuracy {scores.accuracy:.2%} on {scores.images} images, top-5 error "

@@ -23,7 +23,7 @@ from fastalex.train.trainer import choose_device
 
 def twins(options: Options, classes: int) -> dict[str, nn.Module]:
     """The network on fastalex's layers and on torch's, with the same weights."""
-    networks = {}
+    networks: dict[str, nn.Module] = {}
     for name, stock in (("fused", False), ("stock", True)):
         chosen = copy.copy(options)
         chosen.stock = stock

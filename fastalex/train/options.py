@@ -70,6 +70,11 @@ class Options:
     )
     clip: float = _option(0.0, "largest norm of the gradient; 0 for no clipping", type=float)
     amp: str = _option("none", "mixed precision", choices=("none", "bf16"))
+    parallel: str = _option(
+        "none",
+        "how processes that torchrun started share the network",
+        choices=("none", "data", "towers", "hybrid"),
+    )
     # fine-tuning
     start: str | None = _option(None, "checkpoint whose weights the run starts from")
     freeze: list[str] = field(

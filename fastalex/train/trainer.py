@@ -16,8 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex.models.alexnet import PRESETS
+from fastalex.models.processes import Spread
 from fastalex.train import checkpoint
-from fastalex.train.batches import Batch, Pipeline, Positions, TrainingBatches, make_loader
+from fastalex.train.batches import (
+    Batch,
+    Pipeline,
+    Positions,
+    TrainingBatches,
+    make_loader,
+    mixed_seed,
+)
 from fastalex.train.data import Data, Images
 from fastalex.train.errors import Interrupted, TrainingError
 from fastalex.train.metrics import Scores, predict, score
@@ -46,12 +54,11 @@ class Trainer:
 
     Args:
         model: any module from [N, 3, crop, crop] to logits [N, classes]; moved to the options' device unless it
-            is spread over devices already (then it has ``placed = True``).
+            is spread over devices already (then it has ``placed = True``). A :class:`fastalex.models.processes.Spread`
+            trains over its processes, of which the first writes and speaks.
         data: from ``fastalex.train.data.load``, which also fills in the options' defaults.
         options: the recipe.
         folder: made where it is missing.
-        group: a process group whose members each train on their share of every batch. The model must reduce
-            gradients itself, as DistributedDataParallel does; the group's first process writes and speaks.
         screen: where the run reports; by default the terminal.
     """
 
@@ -62,16 +69,14 @@ class Trainer:
         options: Options,
         folder: Path | str,
         *,
-        group: Any = None,
         screen: Screen | None = None,
     ) -> None:
         self.options = options
         self.data = data
         self.folder = Path(folder)
         self.device = choose_device(options.device)
-        self.group = group
-        self.rank: int = 0 if group is None else group.rank()
-        self.world: int = 1 if group is None else group.size()
+        self.spread = model if isinstance(model, Spread) else None
+        self.rank = 0 if self.spread is None else self.spread.rank
         self.screen = screen or Screen(quiet=self.rank != 0)
         self.model = model if getattr(model, "placed", False) else model.to(self.device)
         self.optimizer = make_optimizer(self.model, options)
@@ -82,6 +87,8 @@ class Trainer:
         #: Called with each epoch's numbers.
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._stop_signal: int | None = None
+        if self.rank > 0:  # its dropout masks are its own
+            torch.manual_seed(mixed_seed(options.seed, -1, self.rank))
 
     # --- running --------------------------------------------------------------------------------
 
@@ -101,7 +108,7 @@ class Trainer:
             options.batch or 1,
             options.seed,
             on_device=self.device.type != "cpu",
-            shard=(self.rank, self.world),
+            shard=self._shard(),
         )
         positions = Positions(len(batches))
         loader = make_loader(batches, options.workers or 0, sampler=positions)
@@ -119,8 +126,13 @@ class Trainer:
 
     def take_best(self) -> None:
         """Puts the weights of the best epoch into the model."""
-        best = checkpoint.load(self.folder / checkpoint.BEST, self.device)
-        self.model.load_state_dict(best["model"])
+        self._load_weights(checkpoint.load(self.folder / checkpoint.BEST, self.device)["model"])
+
+    def _shard(self) -> tuple[int, int]:
+        """Which images of every batch are this process's: (rank, of how many)."""
+        if self.spread is None or not self.spread.own_images:
+            return 0, 1
+        return self.spread.rank, self.spread.ranks
 
     def _prepare(self) -> None:
         try:
@@ -144,6 +156,11 @@ class Trainer:
         self._count_unreadable(batch.failures)
         progress.step += 1
         if not len(batch.labels):
+            if self.spread is not None:
+                raise TrainingError(
+                    f"step {progress.step} of epoch {progress.epoch + 1} has no image for process "
+                    f"{self.rank}: use a larger --batch or fewer processes. {self._where_saved()}"
+                )
             return
         images, labels = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,14 +174,21 @@ class Trainer:
                 f"checkpoint was written since: {self._where_saved()}. Lower --lr, or clip gradients "
                 "with --clip 1"
             )
+        if self.spread is not None:
+            loss = loss * self.spread.weight(len(images))
         loss.backward()
         if self.options.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+            if self.spread is None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+            else:
+                self.spread.clip_gradients(self.options.clip)
         self.optimizer.step()
         targets = labels if labels.dim() == 1 else labels.argmax(1)
         progress.loss += value * len(images)
         progress.wrong += int((logits.argmax(1) != targets).sum())
         progress.seen += len(images)
+        if self.spread is not None and progress.epoch == 0 and progress.step == 1:
+            self.screen.say(f"{self.options.parallel}: {self.spread.communication()}")
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.device, non_blocking=True)
@@ -181,6 +205,10 @@ class Trainer:
 
     def _end_epoch(self, images: int, seconds: float) -> None:
         progress = self.progress
+        if self.spread is not None and self.spread.own_images:
+            images = sum(self.spread.collect(images))
+            parts = self.spread.collect((progress.loss, progress.wrong, progress.seen))
+            progress.loss, progress.wrong, progress.seen = map(sum, zip(*parts, strict=True))
         scores = self.score(self.data.validation)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         row = {
@@ -243,18 +271,40 @@ class Trainer:
         return {
             "options": dataclasses.asdict(self.options),
             "classes": self.data.classes,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self._weights(),
             "schedule": self.schedule.state_dict(),
             "progress": dataclasses.asdict(self.progress),
-            "random": checkpoint.random_state(),
+            "random": self._random_states(),
             "statistics": self.statistics.state(),
             "history": self.history,
         }
 
+    def _weights(self) -> dict[str, Any]:
+        """The whole network and optimiser, wherever their parts are."""
+        if self.spread is None:
+            return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.spread.merged_state_dict(),
+            "optimizer": self.spread.merged_optimizer_state(self.optimizer),
+        }
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        """Of every process, in order."""
+        own = checkpoint.random_state()
+        return [own] if self.spread is None else self.spread.collect(own)
+
+    def _load_weights(self, model: dict[str, Any]) -> None:
+        if self.spread is None:
+            self.model.load_state_dict(model)
+        else:
+            self.spread.load_merged_state_dict(model)
+
     def save(self, name: str = checkpoint.LAST) -> None:
+        state = self.state()
         if self.rank == 0:
-            checkpoint.save(self.state(), self.folder / name)
+            checkpoint.save(state, self.folder / name)
+        if self.spread is not None:  # nobody reads it before it is there
+            self.spread.barrier()
 
     def resume(self) -> bool:
         """Goes back to the folder's last checkpoint; False where the run had not come to one."""
@@ -262,17 +312,25 @@ class Trainer:
         if not path.exists():
             return False
         state = checkpoint.load(path, self.device)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_weights(state["model"])
+        if self.spread is None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.spread.load_merged_optimizer_state(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**state["progress"])
         self.history = state["history"]
         self.statistics = Statistics(**state["statistics"])
-        checkpoint.restore_random_state(state["random"])
+        states = state["random"]
+        if self.rank < len(states):
+            checkpoint.restore_random_state(states[self.rank])
         return True
 
     def _save_if_due(self) -> None:
-        if self._stop_signal is not None:
+        asked = self._stop_signal is not None
+        if self.spread is not None:  # all of them, or none
+            asked = self.spread.any(asked)
+        if asked:
             self.save()
             raise Interrupted(
                 f"saved in {self.folder} at epoch {self.progress.epoch + 1}, step "

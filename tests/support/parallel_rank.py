@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalex.models.parallel import Hybrid, TowerProcesses
+from fastalex.models.processes import Hybrid, TowerProcesses
 from tests.test_parallel import batch, gradients, small_network, step
 
 
