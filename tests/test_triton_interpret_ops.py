@@ -84,7 +84,8 @@ def test_every_operator_is_measured_with_each_configuration(monkeypatch, tmp_pat
         with _Visit(lambda op, args: taken.append((REGISTRY[op].kernels, args))):
             torch.autograd.grad(call(*inputs).sum(), inputs, allow_unused=True)
     clock = map(float, range(1000, 0, -1))  # each next one is faster
-    assert sorted(table.op for table, _ in taken) == sorted(REGISTRY)
+    expected = [name for name in REGISTRY if name.removesuffix("_backward") in CALLS]
+    assert sorted(table.op for table, _ in taken) == sorted(expected)
     for table, args in taken:
         trials = _tuning.measure(table, args, lambda run: next(clock))
         ours = [trial for trial in trials if trial.choice.backend == "triton"]
