@@ -104,7 +104,7 @@ def networks() -> Iterator[Network]:
         yield Network(f"zoo/{name}", functools.partial(_torchvision, name), image)
     stock = functools.partial(models.alexnet, "caffenet", fused=False)
     yield Network("zoo/caffenet", stock, ((BATCH, 3, 227, 227),))
-    stock = functools.partial(models.googlenet, fused=False)
+    stock = functools.partial(models.GoogLeNet, fused=False)
     yield Network("zoo/bvlc_googlenet", stock, image)
     pairs = ((PAIRS, 3, 256, 256),) * 2
     for copy_of, suffix in (("lpips", ""), ("torchmetrics", "-torchmetrics")):

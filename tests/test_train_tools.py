@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ pytest.importorskip("optuna")
 
 from PIL import Image
 
+import fastalex
 from fastalex import models
 from fastalex.train import Options, TrainingError, ablate, build, checkpoint, compare, report
 from fastalex.train.__main__ import main
@@ -237,16 +239,32 @@ def test_label_sets_are_parsed_and_renumbered():
 # --- fused against stock -------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the fused network is up to 32 times further from float64 than allowed (6e-5 at step 50)",
-)
+#: What the default precision of convolutions allows: the error of an output, relative by norm (set_conv_precision).
+HIGH = 1e-5
+
+
+def jitter(net: nn.Module) -> None:
+    """Each convolution of the stock network errs by as much as the level "high" may, at random."""
+
+    generator = torch.Generator().manual_seed(9)  # dropout draws from torch's own
+
+    def err(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=generator)
+        return output + noise * (HIGH * output.detach().norm() / noise.norm())
+
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(err)
+
+
 @pytest.mark.slow
-def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps():
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps(precision):
     """Against the stock network in float64: as near as twice the worst of the stock network's own roundings.
 
     Training amplifies a rounding from step to step, so the bound is not a number of eps. What stock torch itself gives
-    for the same numbers in another layout, or for inputs half an eps away, is what "within rounding" can mean.
+    for the same numbers in another layout, or for inputs half an eps away, is what "within rounding" can mean. At the
+    level "high" a convolution may err by more than rounding, so there a stock network that does so joins them.
     """
     options = train_tiny.options(preset="cifar10", batch=8, lr=0.01, crop=32, seed=3)
     options.set = ["hidden=32", "dropout=0.5"]
@@ -254,11 +272,15 @@ def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps():
     data = load(options)
     found = measure(data.train, takes_levels(options))
     pair = compare.twins(options, 10)
+    names = ("planes", "nudged", "jittered", "exact")
     networks = {
         "fused": pair["fused"],
         "stock": pair["stock"],
-        **{name: compare.twins(options, 10)["stock"] for name in ("planes", "nudged", "exact")},
+        **{name: compare.twins(options, 10)["stock"] for name in names},
     }
+    jitter(networks["jittered"])
+    if precision == "highest":
+        del networks["jittered"]
     networks["exact"].double()
     eps = torch.finfo(torch.float32).eps
     prepare = {
@@ -266,9 +288,15 @@ def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps():
         "stock": lambda x: x,
         "planes": lambda x: x.contiguous(),
         "nudged": lambda x: x * (1 + eps / 2 * torch.ones_like(x).bernoulli_().mul(2).sub(1)),
+        "jittered": lambda x: x,
         "exact": lambda x: x.double(),
     }
-    losses, _ = compare.train_together(networks, data, options, found, 50, prepare)
+    before = fastalex.get_conv_precision()
+    fastalex.set_conv_precision(precision)
+    try:
+        losses, _ = compare.train_together(networks, data, options, found, 50, prepare)
+    finally:
+        fastalex.set_conv_precision(before)
     exact = torch.tensor(losses.pop("exact"), dtype=torch.float64)
     errors = {
         name: (torch.tensor(each, dtype=torch.float64) - exact).abs().cummax(0).values
