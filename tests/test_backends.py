@@ -118,7 +118,7 @@ def test_explain_runs_nothing(capsys, monkeypatch, requires_grad):
 
 def test_explain_of_wrong_calls():
     with pytest.raises(
-        ValueError, match="no operator 'softmax'; there are conv_relu, linear_relu, lrn"
+        ValueError, match="no operator 'softmax'; there are augment, conv_relu, linear_relu, lrn"
     ):
         explain("softmax", X)
     with pytest.raises(ValueError, match="size is 0"):
