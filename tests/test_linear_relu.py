@@ -48,7 +48,7 @@ def test_forward(backend, dtype, case, relu):
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("case", [c for c in LINEAR_CASES if c.rows], ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward(backend, dtype, case, relu):

@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastalex
 from fastalex import reference, use_backend
 from fastalex._geometry import is_channels_last, pooled_size
+from fastalex.ops.conv_relu import CONV_RELU, CONV_RELU_BACKWARD
+from fastalex.ops.linear_relu import LINEAR_RELU, LINEAR_RELU_BACKWARD
 from fastalex.ops.lrn import LRN, LRN_BACKWARD
 from fastalex.ops.lrn_max_pool import LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD
 from fastalex.ops.max_pool import MAX_POOL, MAX_POOL_BACKWARD
@@ -197,3 +200,107 @@ def test_lrn_max_pool(lrn, pool, batch, dtype, layout, grad_layout, seed):
     summing = geometry[0][0] * geometry[0][1] * bounds.compute_eps(dtype)
     bound = bounds.lrn_backward_bound(reach, wide, arguments, dtype, summing)
     bounds.assert_within(gx, expected, bound + bounds.rounding(expected, dtype))
+
+
+@st.composite
+def convolved_dimension(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """(input size, kernel, stride, padding, dilation) with room for the kernel."""
+    kernel = draw(st.one_of(st.just(3), st.integers(1, 7), st.just(11)))
+    stride, dilation = draw(st.integers(1, 4)), draw(st.sampled_from((1, 1, 2, 3)))
+    padding = draw(st.integers(0, 6))
+    size = draw(st.integers(1, 30))
+    assume(size + 2 * padding >= dilation * (kernel - 1) + 1)
+    return size, kernel, stride, padding, dilation
+
+
+@examples
+@given(
+    dimensions=st.tuples(convolved_dimension(), convolved_dimension()),
+    batch=st.integers(1, 3),
+    groups=st.sampled_from((1, 1, 2, 3)),
+    per_group=st.tuples(st.integers(1, 20), st.integers(1, 36)),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    layout=layouts,
+    grad_layout=layouts,
+    precision=st.sampled_from(("highest", "high", "medium")),
+    seed=seeds,
+)
+def test_conv_relu(
+    dimensions, batch, groups, per_group, has_bias, dtype, layout, grad_layout, precision, seed
+):
+    """Direct sums within their bound element by element; Winograd's within its level's, of the largest magnitude."""
+    size, kernel, *geometry = zip(*dimensions, strict=True)
+    inputs, outputs = (groups * count for count in per_group)
+    assume(torch.Size((batch, inputs, *size)).numel() <= 20_000)
+    x = numbers((batch, inputs, *size), dtype, layout, seed)
+    weight = numbers((outputs, inputs // groups, *kernel), dtype, "contiguous", seed + 1)
+    bias = numbers((outputs,), dtype, "contiguous", seed + 2) if has_bias else None
+    rest = (*geometry, groups)
+    before = fastalex.get_conv_precision()
+    fastalex.set_conv_precision(precision)
+    try:
+        with use_backend("cpu"):
+            y = CONV_RELU.run(x, weight, bias, *rest)
+            g = numbers(tuple(y.shape), dtype, grad_layout, seed + 3)
+            grads = CONV_RELU_BACKWARD.run(g, y, x, weight, *rest, [True, True, True])
+    finally:
+        fastalex.set_conv_precision(before)
+    assert_laid_out_as(y, x)
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    sizes = [None if t is None else t.abs() for t in wide]
+    backward = (g.double(), y.double(), wide[0], wide[1], *rest, [True, True, True])
+    absolute = (g.double().abs(), y.double(), sizes[0], sizes[1], *rest, [True, True, True])
+    pixels = y[:, 0].numel()
+    results = [(y, reference.conv_relu(*wide, *rest), reference.conv_relu(*sizes, *rest))]
+    results += zip(
+        grads,
+        reference.conv_relu_backward(*backward),
+        reference.conv_relu_backward(*absolute),
+        strict=True,
+    )
+    summands = (weight[0].numel() + 1, weight[:, 0].numel() // groups, pixels, pixels)
+    for (actual, expected, magnitude), count in zip(results, summands, strict=True):
+        assert actual.dtype is dtype
+        allowed = bounds.sum_bound(magnitude, count, expected, dtype)
+        if precision != "highest":
+            allowed = allowed + bounds.CONV_PRECISION[precision][1] * magnitude.max()
+        bounds.assert_within(actual, expected, allowed)
+
+
+@examples
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=0, max_size=2),
+    inputs=st.integers(1, 300),
+    outputs=st.integers(1, 80),
+    has_bias=st.booleans(),
+    relu=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    seed=seeds,
+)
+def test_linear_relu(rows, inputs, outputs, has_bias, relu, dtype, seed):
+    x = numbers((*rows, inputs), dtype, "contiguous", seed)
+    weight = numbers((outputs, inputs), dtype, "contiguous", seed + 1)
+    bias = numbers((outputs,), dtype, "contiguous", seed + 2) if has_bias else None
+    y = LINEAR_RELU.run(x, weight, bias, relu)
+    g = numbers(tuple(y.shape), dtype, "contiguous", seed + 3)
+    mask = y if relu else None
+    grads = LINEAR_RELU_BACKWARD.run(g, mask, x, weight, [True, True, True])
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    sizes = [None if t is None else t.abs() for t in wide]
+    wide_mask = None if mask is None else mask.double()
+    results = [(y, reference.linear_relu(*wide, relu), reference.linear_relu(*sizes, relu))]
+    results += zip(
+        grads,
+        reference.linear_relu_backward(g.double(), wide_mask, *wide[:2], [True, True, True]),
+        reference.linear_relu_backward(g.double().abs(), wide_mask, *sizes[:2], [True, True, True]),
+        strict=True,
+    )
+    count = x[..., 0].numel()
+    for (actual, expected, magnitude), summands in zip(
+        results, (inputs + 1, outputs, count, count), strict=True
+    ):
+        assert actual.dtype is dtype
+        bounds.assert_within(
+            actual, expected, bounds.sum_bound(magnitude, summands, expected, dtype)
+        )

@@ -25,10 +25,10 @@ def linear_relu_backward(
     """Gradients of input, weight and bias (of size 0 where the mask says no); ``output`` is ReLU's, None without."""
     masked = grad if output is None else torch.ops.aten.threshold_backward(grad, output, 0)
     nothing = input.new_empty(0)
-    rows = masked.flatten(0, -2)
+    rows, inputs = (tensor.unsqueeze(0).flatten(0, -2) for tensor in (masked, input))
     wants_input, wants_weight, wants_bias = output_mask
     return (
         masked @ weight if wants_input else nothing,
-        rows.t() @ input.flatten(0, -2) if wants_weight else nothing,
+        rows.t() @ inputs if wants_weight else nothing,
         rows.sum(0) if wants_bias else nothing,
     )
