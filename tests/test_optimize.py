@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastalex
-from fastalex import ops
+from fastalex import models, ops
 from tests.support import optimized
 
 # In float64 the operators run on torch's own kernels, so that what differs is the order of a few sums.
@@ -796,3 +796,17 @@ def test_inference_mode():
         for model in (stock, inside):
             model.conv1.weight.mul_(2)
         equal(stock, inside, x)
+
+
+@pytest.mark.parametrize("preset", ["paper", "caffenet"])
+def test_fastalexs_own_stock_networks_are_optimised(preset):
+    """Normalisation inside each tower included, which torch.nn has no layer for."""
+    torch.manual_seed(3)
+    net = models.alexnet(preset, fused=False, hidden=32).eval()
+    x = torch.randn(2, 3, 227, 227)
+    with torch.no_grad():
+        expected = net(x)
+        report = fastalex.optimize(net)
+        steps = " ".join(str(entry.step) for entry in report.replaced)
+        assert ("lrn_max_pool" if preset == "paper" else "lrn") in steps
+        assert (net(x) - expected).norm() < 1e-4 * expected.norm()

@@ -11,6 +11,7 @@ from torch import nn
 from fastalex._optimize import layout, match, measure, swap
 from fastalex._optimize.report import Entry, Report
 from fastalex._optimize.trace import Trace, Untraceable, trace
+from fastalex.models._layers import TowerLocalResponseNorm
 
 __all__ = ["Report", "optimize"]
 
@@ -18,7 +19,7 @@ __all__ = ["Report", "optimize"]
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 #: Layers that have an operator with nothing around them.
-_ALONE = (nn.MaxPool2d, nn.LocalResponseNorm)
+_ALONE = (nn.MaxPool2d, nn.LocalResponseNorm, TowerLocalResponseNorm)
 
 
 def optimize(model: nn.Module, example: Any = None) -> Report:

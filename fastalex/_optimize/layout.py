@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastalex._optimize import match, steps
+from fastalex.models._layers import TowerLocalResponseNorm
 
 #: Layers whose result depends on the values alone, and that keep the layout of maps.
 LAYERS = (
     nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.LocalResponseNorm, nn.Linear, nn.Flatten, nn.Identity, nn.ReLU, nn.ReLU6,
+    nn.LocalResponseNorm, TowerLocalResponseNorm, nn.Linear, nn.Flatten, nn.Identity, nn.ReLU, nn.ReLU6,
     nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softmax,
     nn.LogSoftmax, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample, nn.BatchNorm1d,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fastalex import ops
 from fastalex._optimize import steps
+from fastalex.models._layers import TowerLocalResponseNorm
 
 #: What a node does, by exact type: a subclass may do something else.
 MODULES: dict[type, str] = {
@@ -21,6 +22,7 @@ MODULES: dict[type, str] = {
     nn.ReLU: "relu",
     nn.MaxPool2d: "pool",
     nn.LocalResponseNorm: "lrn",
+    TowerLocalResponseNorm: "lrn",
     nn.Linear: "linear",
 }
 FUNCTIONS: dict[Any, str] = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastalex import _onnx, ops
 from fastalex._optimize.fold import gain_and_bias, scaled
 from fastalex.backends import forced
+from fastalex.models._layers import TowerLocalResponseNorm
 from fastalex.ops import _cpu_conv
 from fastalex.ops._operator import needs_dispatcher
 
@@ -147,11 +148,16 @@ def linear(input: Tensor, linear: nn.Linear, relu: ReLU) -> Tensor:
     return ops.linear_relu(input, linear.weight, linear.bias)
 
 
+def _plain_lrn(norm: Any) -> bool:
+    return _plain(norm, nn.LocalResponseNorm) or _plain(norm, TowerLocalResponseNorm)
+
+
 def lrn(input: Tensor, norm: nn.LocalResponseNorm) -> Tensor:
     """norm(input)."""
-    if not (_plain(norm, nn.LocalResponseNorm) and _real(input)):
+    if not (_plain_lrn(norm) and _real(input)):
         return norm(input)  # type: ignore[no-any-return]
-    return ops.local_response_norm(input, norm.size, norm.alpha, norm.beta, norm.k)
+    groups = getattr(norm, "groups", 1)
+    return ops.local_response_norm(input, norm.size, norm.alpha, norm.beta, norm.k, groups=groups)
 
 
 def max_pool(input: Tensor, pool: nn.MaxPool2d) -> Any:
@@ -181,7 +187,7 @@ def relu_max_pool(input: Tensor, relu: ReLU, pool: nn.MaxPool2d) -> Any:
 def lrn_max_pool(input: Tensor, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) -> Any:
     """pool(norm(input)) in one pass."""
     if (
-        not (_plain(norm, nn.LocalResponseNorm) and _plain(pool, nn.MaxPool2d) and _real(input))
+        not (_plain_lrn(norm) and _plain(pool, nn.MaxPool2d) and _real(input))
         or input.dim() != 4  # of three dimensions the stock LRN takes the first for the batch
         or pool.return_indices
         or pool.dilation not in (1, (1, 1))
@@ -197,6 +203,7 @@ def lrn_max_pool(input: Tensor, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) 
         pool.stride,
         pool.padding,
         pool.ceil_mode,
+        groups=getattr(norm, "groups", 1),
     )
 
 

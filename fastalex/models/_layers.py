@@ -29,8 +29,6 @@ class TowerLocalResponseNorm(nn.LocalResponseNorm):
         self.groups = groups
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.groups == 1:
-            return super().forward(input)
         towers = input.unflatten(1, (self.groups, -1)).flatten(0, 1)
         normalised: Tensor = super().forward(towers).unflatten(0, (-1, self.groups))
         return normalised.flatten(1, 2)
@@ -127,7 +125,13 @@ def pool_layer(fused: bool) -> type[nn.MaxPool2d]:
 
 
 def local_response_norm(fused: bool, lrn: dict[str, Any]) -> nn.Module:
-    return (LocalResponseNorm if fused else TowerLocalResponseNorm)(**lrn)
+    if fused:
+        return LocalResponseNorm(**lrn)
+    across = {name: value for name, value in lrn.items() if name != "groups"}
+    groups = lrn.get("groups", 1)
+    return (
+        nn.LocalResponseNorm(**across) if groups == 1 else TowerLocalResponseNorm(groups, **across)
+    )
 
 
 def norm_and_pool(
