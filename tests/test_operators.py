@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import fastalex
 from fastalex import explain, ops, reference
@@ -495,3 +496,17 @@ def test_forced_backend_holds_in_the_backward_pass(name):
     with fastalex.use_backend("torch"):
         sample.call(*tensors).sum().backward()
     assert all(t.grad is not None for t in tensors)
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_plain_dual_tensors_keep_their_tangents(sample):
+    """Forward mode without torch.func: the operators have no rule for it, so the reference runs."""
+    tensors = sample.tensors(torch.float64)
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+
+    def tangent_of(call):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(tensors, tangents, strict=True)]
+            return forward_ad.unpack_dual(call(*duals)).tangent
+
+    torch.testing.assert_close(tangent_of(sample.call), tangent_of(sample.call_stock))
