@@ -25,6 +25,18 @@ import fastalex
 from fastalex import _native, ops
 from fastalex.reference.lrn import _denominator_base, _window_sum
 
+HEADING = """# Errors in units of eps
+
+Largest / mean error over {cases} random cases an operator and dtype, relative to the terms that an element sums;
+rounding the result alone costs up to 0.5. The oracle is stock torch in float64, so its own float64 rows are zero
+where it is compared with itself. "raises": stock torch has no such kernel on the CPU; "refused": the backend leaves
+the dtype to torch.
+
+Convolutions run at the default precision, "high". Its Winograd tiles are allowed 5e-5 of the largest element, 420 eps
+of float32, which is more of an element whose own terms are small, as at a border.
+Written by `python benchmarks/numerics.py --markdown docs/numerics.md`.
+"""
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 
 
@@ -281,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # the cases are tiny
     text = table(options.cases, options.device)
     if options.markdown:
-        options.markdown.write_text(text)
+        options.markdown.write_text(f"{HEADING.format(cases=options.cases)}\n{text}")
     print(text)
 
 
