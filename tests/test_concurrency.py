@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -103,8 +102,6 @@ def test_data_loader_workers_run_operators_after_a_fork() -> None:
 @samples
 def test_out_of_memory_is_torchs_error_and_the_next_call_works(sample: Sample) -> None:
     first, *rest = (tensor.detach() for tensor in tensors_of(sample))
-    if not first.is_floating_point():
-        pytest.skip("its output follows an index, not the input's batch")
     expected = sample.call(first, *rest)
     endless = first[:1].expand(2**44 // first[0].numel(), *first.shape[1:])
     with pytest.raises(RuntimeError, match=r"(?i)memory|storage size"):
@@ -172,4 +169,3 @@ def test_a_forked_child_may_call_with_one_thread() -> None:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

@@ -105,6 +105,8 @@ class TowerDevices(nn.Module):
         ValueError: where the network has not one tower a device, normalises across towers, or does not divide.
     """
 
+    placed = True  # a trainer leaves it where it is
+
     def __init__(self, net: AlexNet, devices: Sequence[str | torch.device]) -> None:
         super().__init__()
         require_divisible(net, len(devices), shared=True)
