@@ -35,6 +35,7 @@ CPU_HOST = (
     *(
         "activation",
         "buffer",
+        "conv_plans",
         "library",
         "packed",
         "register",

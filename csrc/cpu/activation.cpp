@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "buffer.h"
 #include "poison.h"
@@ -121,6 +123,21 @@ bool is_channels_last(const Tensor& tensor) {
   return describe(tensor, &map) && map.channels_last;
 }
 
+Tensor dense_weight(const Tensor& weight) {
+  const auto sizes = weight.sizes(), strides = weight.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < weight.dim(); ++d) {
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t step = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != step) return torch::stable::contiguous(weight);
+    step *= size;
+  }
+  return weight;
+}
+
 Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
   AtenTensorHandle handle;
   const auto failed = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
@@ -132,7 +149,7 @@ Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
   Tensor tensor(handle);
   const int64_t bytes = tensor.numel() * tensor.element_size();
   use_huge_pages(tensor.mutable_data_ptr(), bytes);
-  if (poison_enabled()) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+  if (poison_enabled() && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
   return tensor;
 }
 

@@ -31,6 +31,10 @@ Activation read_as(const Tensor& tensor, bool channels_last);
 // Whether results of a tensor's shape should be channels last, as its own layout is.
 bool is_channels_last(const Tensor& tensor);
 
+// A weight as kernels may read it in one run: itself where its elements are dense in memory, in
+// whatever order, else a contiguous copy.
+Tensor dense_weight(const Tensor& weight);
+
 // New memory, NaN-filled under test; throws where there is not enough. dtype: an aoti_torch_dtype_*
 // code.
 Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides);

@@ -15,6 +15,7 @@
 #endif
 
 #include "poison.h"
+#include "redzone.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -71,6 +72,8 @@ void Buffer::reserve(size_t bytes) {
     use_huge_pages(data_, capacity_);
   }
   reserved_ = bytes;
+  allow(data_, reserved_ + kFence);
+  forbid(data_ + reserved_ + kFence, capacity_ - reserved_ - kFence);
   fenced_ = poison_enabled();
   if (fenced_) std::memset(data_, kPoison, reserved_ + kFence);
 }

@@ -93,7 +93,8 @@ class Forward {
 
   void run(const ForwardCall& call) const {
     const int64_t dense = problem_.inputs * conv::element_size(problem_.dtype);
-    parallel_for(problem_.rows, 16, [&](int64_t begin, int64_t end) {
+    // No inputs: nothing to copy, and perhaps no memory to copy from.
+    parallel_for(dense > 0 ? problem_.rows : 0, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         std::memcpy(rows_ + row * row_bytes_, static_cast<const char*>(call.input) + row * dense,
                     dense);

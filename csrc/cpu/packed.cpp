@@ -36,10 +36,10 @@ uint64_t g_clock = 0;
 [[maybe_unused]] const int g_fork_handlers =
     pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); }, [] { g_mutex.unlock(); });
 
-Fingerprint fingerprint_of(const Tensor& weight) {
+Fingerprint fingerprint_of(WeightBytes weight) {
   constexpr int64_t kChunk = 256 << 10;
-  const char* data = static_cast<const char*>(weight.data_ptr());
-  const int64_t bytes = weight.numel() * weight.element_size();
+  const char* data = static_cast<const char*>(weight.data);
+  const int64_t bytes = weight.bytes;
   Fingerprint result;
   if (bytes <= kChunk) {
     kernels().fingerprint(data, bytes, result.data());
@@ -86,24 +86,9 @@ std::shared_ptr<Buffer> take_buffer(const Key& key) {
 
 }  // namespace
 
-Tensor dense_weight(const Tensor& weight) {
-  const auto sizes = weight.sizes(), strides = weight.strides();
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < weight.dim(); ++d) {
-    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t step = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != step) return torch::stable::contiguous(weight);
-    step *= size;
-  }
-  return weight;
-}
-
-std::shared_ptr<const Buffer> packed_weight(const Tensor& weight, uint64_t layout, size_t bytes,
+std::shared_ptr<const Buffer> packed_weight(WeightBytes weight, uint64_t layout, size_t bytes,
                                             void (*pack)(void* context, void* out), void* context) {
-  const Key key{weight.data_ptr(), layout};
+  const Key key{weight.data, layout};
   const Fingerprint content = fingerprint_of(weight);
   {
     const std::lock_guard lock(g_mutex);

@@ -1,27 +1,29 @@
-// Weights in the layout a kernel wants, kept while the weight they were made from is unchanged.
+// Weights in the layout a kernel wants, kept while the weight they were made from is unchanged. No
+// torch here.
 #pragma once
 #include <array>
 #include <cstdint>
 #include <memory>
 
-#include "activation.h"
 #include "buffer.h"
 
 namespace fastalex::cpu {
 
-// The weight as kernels may read it in one run: itself where its elements are dense in memory, in
-// whatever order, else a contiguous copy.
-Tensor dense_weight(const Tensor& weight);
+// A weight whose elements are dense in memory, in whatever order.
+struct WeightBytes {
+  const void* data;
+  int64_t bytes;
+};
 
 // The packed form of `weight`, made by `pack(context, out)` unless one is kept whose weight had the
 // very same content. Content decides, not torch's version counter, which writes through `.data`, by
 // fused optimisers and by other processes leave unmoved. `layout` tells apart everything else that
 // decides the packed bytes. The result stays valid while it is held, whatever other threads do.
-std::shared_ptr<const Buffer> packed_weight(const Tensor& weight, uint64_t layout, size_t bytes,
+std::shared_ptr<const Buffer> packed_weight(WeightBytes weight, uint64_t layout, size_t bytes,
                                             void (*pack)(void* context, void* out), void* context);
 
 template <class Pack>
-std::shared_ptr<const Buffer> packed_weight(const Tensor& weight, uint64_t layout, size_t bytes,
+std::shared_ptr<const Buffer> packed_weight(WeightBytes weight, uint64_t layout, size_t bytes,
                                             Pack&& pack) {
   return packed_weight(
       weight, layout, bytes, [](void* context, void* out) { (*static_cast<Pack*>(context))(out); },

@@ -1,21 +1,18 @@
 // The convolution operators as torch sees them: fastalex_cpu::conv_relu and its gradients, on the
 // engine in conv/. Stable ABI only.
-#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <atomic>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <tuple>
 
 #include "activation.h"
 #include "conv/conv.h"
+#include "conv_plans.h"
 #include "library.h"
 #include "numbers.h"
 #include "packed.h"
-#include "parallel.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -29,51 +26,10 @@ std::atomic<int> g_precision{static_cast<int>(conv::Precision::kHigh)};
 // What tests force; kAuto and 0 leave the choice to the cost model.
 std::atomic<int> g_engine{static_cast<int>(conv::Engine::kAuto)}, g_tile{0};
 
-// Plans by everything that decides them. They are small and quick to make; a program that meets
-// more shapes than this starts again.
-constexpr size_t kMaxPlans = 1024;
-using PlanKey = std::array<int64_t, 22>;
-std::mutex g_mutex;
-std::map<PlanKey, std::shared_ptr<const Plan>> g_plans;
-// A child forked while another thread held the lock would wait for ever.
-[[maybe_unused]] const int g_fork_handlers =
-    pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); }, [] { g_mutex.unlock(); });
-
-std::shared_ptr<const Plan> plan_for(const Problem& p, Pass pass) {
-  const conv::ConvKernels& table = kernels().conv();
-  const int threads = thread_count(), tile = g_tile.load(std::memory_order_relaxed);
-  const auto engine = static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed));
-  const PlanKey key{reinterpret_cast<intptr_t>(&table),
-                    static_cast<int64_t>(pass),
-                    threads,
-                    static_cast<int64_t>(engine),
-                    tile,
-                    static_cast<int64_t>(p.dtype),
-                    static_cast<int64_t>(p.precision),
-                    p.batch,
-                    p.groups,
-                    p.in_channels,
-                    p.in_height,
-                    p.in_width,
-                    p.out_channels,
-                    p.kernel_height,
-                    p.kernel_width,
-                    p.stride_height,
-                    p.stride_width,
-                    p.padding_height,
-                    p.padding_width,
-                    p.dilation_height,
-                    p.dilation_width,
-                    p.relu};
-  {
-    const std::lock_guard lock(g_mutex);
-    const auto found = g_plans.find(key);
-    if (found != g_plans.end()) return found->second;
-  }
-  auto plan = std::make_shared<const Plan>(table, p, pass, threads, engine, tile);
-  const std::lock_guard lock(g_mutex);
-  if (g_plans.size() >= kMaxPlans) g_plans.clear();
-  return g_plans.emplace(key, std::move(plan)).first->second;
+std::shared_ptr<const Plan> plan_of(const Problem& problem, Pass pass) {
+  return plan_for(problem, pass,
+                  static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed)),
+                  g_tile.load(std::memory_order_relaxed));
 }
 
 int narrow(int64_t value) {
@@ -156,6 +112,10 @@ Tensor create_vector(const Tensor& like, int64_t size) {
   return empty_strided(dtype_code(like), Sizes(&size, 1), Sizes(&stride, 1));
 }
 
+WeightBytes bytes_of(const Tensor& weight) {
+  return {weight.data_ptr(), static_cast<int64_t>(weight.numel() * weight.element_size())};
+}
+
 // The plan's weights, packed or kept from an earlier call.
 std::shared_ptr<const Buffer> pack(const Plan& plan, DType dtype, const Tensor& weight) {
   uint64_t layout = plan.packed_key();
@@ -164,7 +124,7 @@ std::shared_ptr<const Buffer> pack(const Plan& plan, DType dtype, const Tensor& 
   for (int64_t value : {static_cast<int64_t>(dtype), s.n, s.c, s.h, s.w}) {
     layout = (layout ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
   }
-  return packed_weight(weight, layout, plan.packed_bytes(),
+  return packed_weight(bytes_of(weight), layout, plan.packed_bytes(),
                        [&](void* out) { plan.pack(from, out); });
 }
 
@@ -198,8 +158,8 @@ Weights scaled_weights(const Plan& plan, const Tensor& weight, const Tensor& sca
   }
   const auto* w = static_cast<const float*>(from.data);
   const auto* by = static_cast<const float*>(scale.data_ptr());
-  auto packed =
-      packed_weight(weight, layout, offset + weight.numel() * sizeof(float), [&](void* out) {
+  auto packed = packed_weight(
+      bytes_of(weight), layout, offset + weight.numel() * sizeof(float), [&](void* out) {
         auto* product = reinterpret_cast<float*>(static_cast<char*>(out) + offset);
         for (int64_t k = 0; k < sizes[0]; ++k) {
           for (int64_t c = 0; c < sizes[1]; ++c) {
@@ -225,7 +185,7 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
   const Tensor output = create_like(
       input, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
   if (problem.batch == 0) return output;
-  const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kForward);
+  const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kForward);
   const Tensor dense = dense_weight(weight);
   const Weights weights = scale_row ? scaled_weights(*plan, dense, *scale_row)
                                     : Weights{pack(*plan, problem.dtype, dense), view(dense)};
@@ -260,7 +220,7 @@ Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& 
   const Tensor result =
       create_like(input, {problem.batch, problem.in_channels, problem.in_height, problem.in_width});
   if (problem.batch == 0) return result;
-  const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kInputGradient);
+  const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kInputGradient);
   const Tensor dense = dense_weight(weight);
   const std::shared_ptr<const Buffer> packed = pack(*plan, problem.dtype, dense);
   const ScratchLease scratch(plan->scratch_bytes());
@@ -291,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const 
   if (wants_weight || wants_bias) {
     const auto sizes = weight.sizes();
     Tensor result = create_like(weight, {sizes[0], sizes[1], sizes[2], sizes[3]});
-    const std::shared_ptr<const Plan> plan = plan_for(problem, Pass::kWeightGradient);
+    const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kWeightGradient);
     const ScratchLease scratch(plan->scratch_bytes());
     plan->weight_gradient({view(grad), view(output), view(input), target(result),
                            wants_bias ? grad_bias.mutable_data_ptr() : nullptr, scratch.data()});
@@ -310,7 +270,7 @@ std::string conv_plan(const Tensor& packed_numbers) {
   const Geometry geometry = take_geometry(numbers);
   const int64_t weight[] = {sizes[4], sizes[1] / std::max<int64_t>(geometry.groups, 1), sizes[5],
                             sizes[6]};
-  return plan_for(problem_of(dtype, sizes, weight, geometry), pass)->explain();
+  return plan_of(problem_of(dtype, sizes, weight, geometry), pass)->explain();
 }
 
 void set_conv_precision(int64_t level) { g_precision = static_cast<int>(level); }

@@ -1,5 +1,6 @@
 // Carves one scratch buffer into aligned float arrays; without a buffer it only measures.
 #pragma once
+#include "../redzone.h"
 #include "part.h"
 
 namespace fastalex::cpu::conv {
@@ -9,9 +10,12 @@ class Arena {
   explicit Arena(char* base = nullptr) : base_(base) {}
 
   float* take(int64_t floats) {
-    char* data = base_ + bytes_;
-    bytes_ += align_up(static_cast<size_t>(floats) * sizeof(float));
-    return base_ ? reinterpret_cast<float*>(data) : nullptr;
+    const size_t begin = bytes_, end = begin + static_cast<size_t>(floats) * sizeof(float);
+    bytes_ = align_up(end) + kRedZone;
+    if (!base_) return nullptr;
+    allow(base_ + begin, end - begin);  // red zones of another carving may lie here
+    forbid(base_ + end, bytes_ - end);
+    return reinterpret_cast<float*>(base_ + begin);
   }
   size_t bytes() const { return bytes_; }
 

@@ -47,8 +47,11 @@ struct PhaseDimension {
 
 PhaseDimension input_phase(int phase, int size, int taps, int stride, int padding, int dilation) {
   const int step = stride / std::gcd(stride, dilation);
+  // Taps reach the same phases again after `step` of them.
   int first = 0;
-  while (first < taps && (phase + padding - first * dilation) % stride != 0) ++first;
+  const int distinct = std::min(taps, step);
+  while (first < distinct && (phase + padding - int64_t{first} * dilation) % stride != 0) ++first;
+  if (first == distinct) first = taps;
   PhaseDimension d;
   const int count = first < taps ? (taps - 1 - first) / step + 1 : 0;
   d.count = (size - phase + stride - 1) / stride;
@@ -177,8 +180,9 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
   for (int big = kSmallestBig; big <= kLargestBig; ++big) {
     if (request.tile != 0 && request.tile != big) continue;
     const Geometry& g = base.geometry;
-    const bool strided =
-        g.stride_h > 1 && g.stride_h == g.stride_w && request.pass != Pass::kInputGradient;
+    // Folded by a stride that the kernel does not exceed, one tap would be left.
+    const bool strided = g.stride_h > 1 && g.stride_h == g.stride_w && g.kernel_h > g.stride_h &&
+                         request.pass != Pass::kInputGradient;
     Part candidate = strided ? folded(base) : unfolded(base);
     candidate.engine = Engine::kWinograd;
     if (!winograd_fits(request.kernels, candidate, big)) continue;
@@ -218,6 +222,8 @@ Part choose(const Request& actual, const Part& base) {
 std::string refusal(const Problem& p) {
   if (p.dtype == DType::kFloat64) return "float64 is served by the reference";
   if (p.out_height() < 1 || p.out_width() < 1) return "the output is empty";
+  const double filter = 1.0 * p.in_channels / p.groups * p.kernel_height * p.kernel_width;
+  if (filter >= 1 << 30) return "a filter has 2^30 weights or more";
   return "";
 }
 
