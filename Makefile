@@ -8,7 +8,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # nvcc takes minutes an architecture: `make build FASTALEX_BUILD=cuda` asks for it, and FASTALEX_CUDA_ARCH=90 for one.
 export FASTALEX_BUILD ?= cpu
 
-.PHONY: build venv test test-all bench gpu-check lint wheel abi clean
+.PHONY: build venv test test-all fuzz bench gpu-check lint wheel abi clean
 
 build: $(VENV)/.built
 venv: $(VENV)/.tools
@@ -30,8 +30,15 @@ $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(SOURCES)
 test: build
 	$(BIN)/python -m pytest tests -m 'not slow and not gpu'
 
+# The slow tests too, and 20,000 random examples an operator.
 test-all: build
-	$(BIN)/python -m pytest tests -m 'not gpu'
+	FASTALEX_EXAMPLES=$${FASTALEX_EXAMPLES:-20000} $(BIN)/python -m pytest tests -m 'not gpu'
+
+# Each fuzzer for so many seconds; needs clang++ with its runtime library.
+SECONDS ?= 600
+fuzz: build
+	$(BIN)/python -m pip install -q -c constraints.txt atheris
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 bench: build
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -23,7 +23,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class _Captured(Exception):
-    """Carries an operator's arguments out of the call that was about to run it."""
+    """Carries an operator's name and arguments out of the call that was about to run it."""
 
 
 class _Capture(TorchDispatchMode):
@@ -33,7 +33,7 @@ class _Capture(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "fastalex":
-            raise _Captured(args)
+            raise _Captured(func.name().removeprefix("fastalex::"), args)
         return func(*args, **(kwargs or {}))
 
 
@@ -45,7 +45,8 @@ def explanation(op: str, *args: Any, **kwargs: Any) -> str:
         with torch.no_grad(), _Capture():  # type: ignore[no-untyped-call]
             FUNCTIONS[op](*args, **kwargs)
     except _Captured as captured:
-        return REGISTRY[op].kernels.explain(*captured.args[0])
+        name, arguments = captured.args
+        return REGISTRY[name].kernels.explain(*arguments)
     raise AssertionError(f"{op} returned without running its operator")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fastalex import ops, reference
 from fastalex.ops.lrn_max_pool import LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD
@@ -121,3 +122,21 @@ def test_threads_do_not_change_a_bit(backend, layout):
         results.append((y, offsets, gx))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_three_dimensions_are_read_as_the_stock_layers_read_them(groups):
+    """Normalised over dimension 1 as [N, C, L], then pooled over dimensions 1 and 2 as [C, H, W]."""
+    x = torch.randn(5, 8, 9, dtype=torch.float64, requires_grad=True)
+    lrn, pool = (3, 0.3, 0.75, 2.0), (3, 2)
+    towers = [nn.LocalResponseNorm(*lrn)(tower) for tower in x.chunk(groups, 1)]
+    expected = nn.MaxPool2d(*pool)(torch.cat(towers, 1))
+    layer = ops.LRNMaxPool2d(*lrn, *pool, groups=groups)
+    actual = layer(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((y * weights).sum(), x)[0] for y in (actual, expected)),
+        rtol=1e-12,
+        atol=1e-14,
+    )

@@ -12,7 +12,8 @@ from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _cuda, _torch, _triton
 from fastalex.ops._arguments import Pair, lrn_scale, require_floating
 from fastalex.ops._operator import Operator, gradients_may_follow
-from fastalex.ops.max_pool import fake_pool, pool_geometry
+from fastalex.ops.lrn import LRN
+from fastalex.ops.max_pool import fake_pool, max_pool2d, pool_geometry
 
 _LRN = "int size, float scale, float beta, float k, int groups"
 _POOL = "int[2] kernel_size, int[2] stride, int[2] padding"
@@ -135,7 +136,8 @@ def lrn_max_pool2d(
     the backward pass.
 
     Args:
-        input: [N, C, H, W] or [C, H, W], as in :func:`max_pool2d`.
+        input: [N, C, H, W]. The two stock layers read three dimensions differently, normalisation as [N, C, L] and
+            pooling as [C, H, W]; so does this, as the two operators in turn.
         size, alpha, beta, k, groups, alpha_mode: as in :func:`local_response_norm`.
         kernel_size, stride, padding, ceil_mode: as in :func:`max_pool2d`.
 
@@ -148,11 +150,13 @@ def lrn_max_pool2d(
     name = "lrn_max_pool2d"
     require_floating(input, name)
     geometry = pool_geometry(input.shape, kernel_size, stride, padding, 1, ceil_mode, name)
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    scale = lrn_scale(batched.shape, size, alpha, groups, alpha_mode, name)
+    scale = lrn_scale(input.shape, size, alpha, groups, alpha_mode, name)
+    if input.dim() == 3:
+        normalised: Tensor = LRN(input, size, scale, beta, k, groups)
+        return max_pool2d(normalised, *geometry, ceil_mode)  # type: ignore[return-value]
     save = gradients_may_follow(input)
-    output, _ = LRN_MAX_POOL(batched, size, scale, beta, k, groups, *geometry[:3], ceil_mode, save)
-    return output if input.dim() == 4 else output.squeeze(0)  # type: ignore[no-any-return]
+    output, _ = LRN_MAX_POOL(input, size, scale, beta, k, groups, *geometry[:3], ceil_mode, save)
+    return output  # type: ignore[no-any-return]
 
 
 class LRNMaxPool2d(nn.Module):

@@ -211,3 +211,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   in.next(1) % 4 == 0 ? plan_large(in) : run_small(in);
   return 0;
 }
+
+#ifdef FASTALEX_REPLAY
+// The files named, one after another, where there is no libFuzzer.
+int main(int count, char** names) {
+  for (int i = 1; i < count; ++i) {
+    std::FILE* file = std::fopen(names[i], "rb");
+    if (!file) return 1;
+    uint8_t data[4096];
+    const size_t size = std::fread(data, 1, sizeof(data), file);
+    std::fclose(file);
+    LLVMFuzzerTestOneInput(data, size);
+  }
+  std::printf("%d inputs\n", count - 1);
+}
+#endif

@@ -47,14 +47,15 @@ def package(sanitizer: str) -> Path:
     return folder
 
 
-def program(main: Path, sanitizer: str, compiler: str) -> Path:
+def program(main: Path, sanitizer: str, compiler: str, *more: str) -> Path:
     """``main`` with the torch-free sources for the best instruction set of this CPU, as one executable."""
     setup = setup_module()
     isa = _native.isa()
-    folder = BUILD / f"{main.stem}-{isa}"
+    folder = BUILD / f"{main.stem}-{sanitizer}-{isa}"
     folder.mkdir(parents=True, exist_ok=True)
     warnings = setup.WARNINGS if "g++" in compiler and "clang" not in compiler else "-w"
     flags = f"-std=c++20 {warnings} {SANITIZERS[sanitizer]} -DFASTALEX_ISA={isa}"
+    flags = " ".join((flags, *more))
     host = [name for name in setup.CPU_HOST if not name.startswith(KNOWS_TORCH)]
     lines = [
         f"flags = {flags}",
