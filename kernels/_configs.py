@@ -128,7 +128,7 @@ CONV_WEIGHT_GRADIENT = {
         ConvTile(32, 128, 0, 128, 8, 4),
         ConvTile(64, 128, 0, 64, 4, 3),
         ConvTile(64, 64, 0, 64, 4, 3),
-        ConvTile(64, 64, 32, 64, 8, 3),
+        ConvTile(64, 64, 32, 64, 4, 3),
         ConvTile(32, 32, 0, 64, 4, 3),
         ConvTile(32, 16, 0, 64, 4, 3),
     ),
@@ -145,7 +145,7 @@ CANDIDATES = 4  # tiles worth measuring for one shape
 NARROWEST = 32  # channels: every table has a tile no wider
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
 MOST_PARTS = 8
-MOST_WEIGHT_PARTS = 64
+MOST_WEIGHT_PARTS = 96
 FEWEST_STEPS = 4  # of K that a part is worth
 
 
@@ -195,14 +195,14 @@ def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
 
 
 def input_gradient_tiles(
-    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str
+    conv: Conv, last: bool, batch: int, dtype: torch.dtype, precision: str, arch: str
 ) -> list[ConvTile]:
     """Every tile of the input gradient that can be chosen, the one expected best first."""
     if dtype == torch.float32 and precision == "ieee":
         return [IEEE_TILE]
-    tiles = [
-        replace(t, k=t.k // 2) if dtype == torch.float32 else t for t in CONV_INPUT_GRADIENT[last]
-    ]
+    tiles = CONV_INPUT_GRADIENT[last]
+    if dtype == torch.float32:  # on sm_100 two accumulators spill
+        tiles = [replace(t, k=t.k // 2) for t in tiles if not (t.n2 and arch.startswith("sm_10"))]
     fitted = [t for t in tiles if fits(t, conv.inputs)]
     return sorted(fitted, key=lambda t: input_gradient_cost(t, conv, batch))[:CANDIDATES]
 
@@ -231,6 +231,11 @@ def outputs_first(tile: ConvTile, arch: str) -> bool:
     sm_80 copies both operands asynchronously in this order alone; on sm_100 it spills.
     """
     return tile.n2 == 0 and tile.n >= 64 and not arch.startswith("sm_10")
+
+
+def masks_at_load(output_mask, arch: str) -> bool:
+    """Whether the weight gradient masks its own operand: see conv_relu_backward.py; sm_8x lacks the registers."""
+    return output_mask[1] and not output_mask[0] and not arch.startswith("sm_8")
 
 
 def weight_gradient_table(last: bool, arch: str) -> list[ConvTile]:

@@ -1,5 +1,6 @@
 """The kernels of a convolution's weight and bias gradients; the formulas are in conv_relu_backward.py."""
-# ruff: noqa: RET505, SIM102 - Triton compiles what follows an `if` that returns, and both sides of an `and`
+# ruff: noqa: RET505, SIM102, SIM108 - Triton compiles what follows an `if` that returns, and both sides of an `and` and
+# of a conditional expression
 
 from __future__ import annotations
 
@@ -24,14 +25,8 @@ def weight_at(k, WS: tl.constexpr, CONV: tl.constexpr, PLANES: tl.constexpr):
 def store_weights(
     acc,
     bias,
-    parts,
-    gw,
-    gb,
     o,
-    o_ok,
-    column,
-    kept,
-    tile_n,
+    place,
     WS: tl.constexpr,
     CONV: tl.constexpr,
     PLANES: tl.constexpr,
@@ -39,6 +34,9 @@ def store_weights(
     SPLIT: tl.constexpr,
 ):
     """A [BO, BN] tile of a part, which is [O, K] weights and then O biases; or of the gradients themselves."""
+    parts, gw, gb, group, column, kept, tile_n = place
+    o_ok = o < CONV.outputs
+    o = group * CONV.outputs + o
     ok = o_ok[:, None] & kept[None, :]
     if SPLIT > 1:
         tl.store(parts + o[:, None] * CONV.products + column[None, :], acc, mask=ok)
@@ -52,18 +50,43 @@ def store_weights(
                 tl.store(gb + o, narrow(bias, gb.dtype.element_ty), mask=o_ok)
 
 
+@triton.jit
+def gradient_tile(
+    g,
+    y,
+    g_row,
+    y_row,
+    o,
+    m_ok,
+    GS: tl.constexpr,
+    YS: tl.constexpr,
+    CONV: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """[BP, BO] of dz: g at output channels o of the pixels at g_row, or MASK's part of it."""
+    ok = m_ok[:, None] & (o < CONV.outputs)[None, :]
+    dz = tl.load(g + g_row[:, None] + (o * GS.channel)[None, :], mask=ok, other=0.0)
+    if MASK:
+        at = y_row[:, None] + (o * YS.channel)[None, :]
+        dz = tl.where(widen(tl.load(y + at, mask=ok, other=0.0)) <= 0, 0.0, dz)
+    return dz
+
+
 @triton.jit(do_not_specialize=["batch"])
 def conv_weight_gradient(
-    dz,
+    g,
+    y,
     x,
     parts,
     gw,
     gb,
     batch,
-    ZS: tl.constexpr,
+    GS: tl.constexpr,
+    YS: tl.constexpr,
     XS: tl.constexpr,
     WS: tl.constexpr,
     CONV: tl.constexpr,
+    MASK: tl.constexpr,
     RUN: tl.constexpr,
     READ_PAST: tl.constexpr,
     PLANES: tl.constexpr,
@@ -77,12 +100,13 @@ def conv_weight_gradient(
     BN: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """parts [SPLIT, O * R*S*C/groups + O] from dz [N, O, OH, OW] and x [N, C, H, W]; gw and gb where SPLIT is 1.
+    """parts [SPLIT, O * R*S*C/groups + O] from g and, with MASK, y [N, O, OH, OW], and from x [N, C, H, W]; gw and gb
+    where SPLIT is 1.
 
     The tile's products are ordered r, s, c, or c, r, s with PLANES. RUN > 0: whole kernel rows of
-    S*C neighbouring values lie RUN apart on the N axis; for C = 3 at 11 taps 36 keeps fours
-    aligned, and the three columns too many, read where READ_PAST says that x's rows are long
-    enough, are never stored. O_FIRST: [BO, BN] tiles, the order in which sm_80 copies both operands
+    S*C neighbouring values lie RUN apart on the N axis; for C = 3 at 11 taps 34 keeps pairs
+    aligned, and the column too many, read where READ_PAST says that x's rows are long enough, is
+    never stored. O_FIRST: [BO, BN] tiles, the order in which sm_80 copies both operands
     asynchronously; otherwise [BN, BO + BO2], where 96 = 64 + 32 wastes nothing.
     """
     O_TILES: tl.constexpr = (CONV.outputs + BO + BO2 - 1) // (BO + BO2)
@@ -138,14 +162,11 @@ def conv_weight_gradient(
         oh = m // CONV.out_columns % CONV.out_rows
         ow = m % CONV.out_columns
         image = (m // CONV.out_pixels).to(tl.int64)
-        dz_row = (
-            image * ZS.image + (oh * ZS.row + ow * ZS.column) + group * (CONV.outputs * ZS.channel)
-        )
-        g = tl.load(
-            dz + dz_row[:, None] + (o * ZS.channel)[None, :],
-            mask=m_ok[:, None] & (o < CONV.outputs)[None, :],
-            other=0.0,
-        )
+        g_row = image * GS.image + (oh * GS.row + ow * GS.column)
+        g_row += group * (CONV.outputs * GS.channel)
+        y_row = image * YS.image + (oh * YS.row + ow * YS.column)
+        y_row += group * (CONV.outputs * YS.channel)
+        dz = gradient_tile(g, y, g_row, y_row, o, m_ok, GS, YS, CONV, MASK)
         ih = oh * CONV.sh - CONV.ph
         iw = ow * CONV.sw - CONV.pw
         ok = m_ok[:, None] & read[None, :]
@@ -162,58 +183,26 @@ def conv_weight_gradient(
             )
         first = image * XS.image + (ih * XS.row + iw * XS.column)
         v = tl.load(x + first[:, None] + tap_at[None, :], mask=ok, other=0.0)
-        acc = (
-            mma(tl.trans(g), v, acc, PRECISION) if O_FIRST else mma(tl.trans(v), g, acc, PRECISION)
-        )
+        if O_FIRST:
+            acc = mma(tl.trans(dz), v, acc, PRECISION)
+        else:
+            acc = mma(tl.trans(v), dz, acc, PRECISION)
         if tile_n == 0:
-            bias += tl.sum(widen(g), 0)
+            bias += tl.sum(widen(dz), 0)
         if BO2 > 0:
-            g2 = tl.load(
-                dz + dz_row[:, None] + (o2 * ZS.channel)[None, :],
-                mask=m_ok[:, None] & (o2 < CONV.outputs)[None, :],
-                other=0.0,
-            )
-            acc2 = mma(tl.trans(v), g2, acc2, PRECISION)
+            dz = gradient_tile(g, y, g_row, y_row, o2, m_ok, GS, YS, CONV, MASK)
+            acc2 = mma(tl.trans(v), dz, acc2, PRECISION)
             if tile_n == 0:
-                bias2 += tl.sum(widen(g2), 0)
+                bias2 += tl.sum(widen(dz), 0)
+    if O_FIRST:
+        tile = acc
+    else:
+        tile = tl.trans(acc)
     parts += part.to(tl.int64) * (CONV.weights + CONV.out_channels)
-    o_ok = o < CONV.outputs
-    store_weights(
-        acc if O_FIRST else tl.trans(acc),
-        bias,
-        parts,
-        gw,
-        gb,
-        group * CONV.outputs + o,
-        o_ok,
-        column,
-        kept,
-        tile_n,
-        WS,
-        CONV,
-        PLANES,
-        BIAS,
-        SPLIT,
-    )
+    place = (parts, gw, gb, group, column, kept, tile_n)
+    store_weights(tile, bias, o, place, WS, CONV, PLANES, BIAS, SPLIT)
     if BO2 > 0:
-        o_ok = o2 < CONV.outputs
-        store_weights(
-            tl.trans(acc2),
-            bias2,
-            parts,
-            gw,
-            gb,
-            group * CONV.outputs + o2,
-            o_ok,
-            column,
-            kept,
-            tile_n,
-            WS,
-            CONV,
-            PLANES,
-            BIAS,
-            SPLIT,
-        )
+        store_weights(tl.trans(acc2), bias2, o2, place, WS, CONV, PLANES, BIAS, SPLIT)
 
 
 @triton.jit

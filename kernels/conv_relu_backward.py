@@ -6,17 +6,32 @@
     gb[o]             = sum over pixels    dz[pixel, o]                  in the same pass
 
 FLOPs are the forward's for each of gx and gw. Compulsory bytes: dz and w read, gx written; dz and x
-read, gw and gb written. K is taps times output channels for gx and pixels for gw. Padding of their
-products at batch 128: conv2 0 and 6.7 %, conv3 0 and 0, conv4 0 and 0, conv5 0 and 3.7; conv1 23 % of gw
-(eleven rows of 33 values, 36 apart, in tiles of 64) and 473 % of gx (3 channels in tiles of 16), which
-training never asks for.
+read, gw and gb written. K is taps times output channels for gx and pixels for gw.
 
-Masking inside the products would copy y beside g in every tile (40 to 73 % more copies), so dz is
-made once: by whoever makes g where that is one of these kernels (mask_grad_input here, relu of
-lrn_max_pool_backward), else in one pass of its own. A stride is taken by phases: the input pixels
-of one phase see the same kernel taps, and are a convolution of stride 1. The weight gradient's
-pixels are split in parts that the shape alone decides, each a float32 sum of its own that sum_parts
-adds in order: the same bits every run. A single part is the gradient itself, written once.
+Where the mask is applied, in maps of y's size moved (g, y and dz are one each):
+    made masked by another kernel of ours (grad_is_masked)    gw 1 + gx 1                     2
+    a pass of its own, then both products                     pass 3 + gw 1 + gx 1            5
+    at load in gw, no gx wanted (a network's first layer)     gw 2                            2, else 4
+    at load in both products                                  gw 2 + gx 2                     4
+So a first layer masks at load: conv1's map is 45 % of all such bytes, and a pass over it costs twice what
+gw itself must move. Elsewhere the pass stays, though it moves one map more: at load, y is copied
+beside g for every tile of products again, and gw, which is bound by the instructions it issues, issues
+29 % more of them (conv2 on sm_90: 38 us of issue at least, against 43 us of the pass's bytes), gx some
+more still; on sm_8x they are 75 % more and registers spill. Nor can the kernel that makes g mask it on
+its own: g is the gradient of y, which a hook or autograd.grad may ask for. Only an operator that
+keeps y to itself could.
+
+Padding of the products at batch 128, per cent of gx and of gw: conv2 0 and 6.7, conv3 0 and 0, conv4 0
+and 0, conv5 0 and 3.7, conv1 473 (3 channels in tiles of 16, which training never asks for) and 5.8
+(eleven rows of 33 values, 34 apart). For conv2's 1200 products, tiles half as wide waste 1.3 % and
+issue 10 % more instructions an output pixel (767 of a warp for 695, sm_90). sm_8x lacks the registers
+for a tile of 96 outputs: there conv1 wastes 41 % and conv4 38 %, which issue less than any tile that
+wastes less.
+
+A stride is taken by phases: the input pixels of one phase see the same kernel taps, and are a
+convolution of stride 1. The weight gradient's pixels are split in parts that the shape alone decides,
+each a float32 sum of its own that sum_parts adds in order: the same bits every run. A single part is the
+gradient itself, written once.
 """
 
 from __future__ import annotations
@@ -31,6 +46,7 @@ from ._configs import (
     ConvTile,
     architecture,
     input_gradient_tiles,
+    masks_at_load,
     outputs_first,
     weight_gradient_tiles,
 )
@@ -82,7 +98,7 @@ def candidates_conv_relu_backward(
     last, arch = layout.is_channels_last(x), architecture(x.device)
     found = {}
     if output_mask[0]:
-        found["input_tile"] = input_gradient_tiles(conv, last, batch, x.dtype, precision)
+        found["input_tile"] = input_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
     if output_mask[1]:
         found["weight_tile"] = weight_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
     return found
@@ -115,7 +131,12 @@ def conv_relu_backward(
     last = layout.is_channels_last(x)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     precision = precision or float32_precision()
-    dz = grad if grad_is_masked else masked(grad, output, last)
+    at_load = masks_at_load(output_mask, architecture(x.device))
+    dz, y = grad, None
+    if not grad_is_masked and at_load:
+        y = layout.in_layout(output, last)
+    elif not grad_is_masked:
+        dz = masked(grad, output, last)
     dz = layout.in_layout(dz, last)
     gx, gw, gb = (input.new_empty(0) for _ in range(3))
     if output_mask[0]:
@@ -127,7 +148,7 @@ def conv_relu_backward(
     if output_mask[1]:
         gw = empty_in_layout(weight, weight.shape)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
-        run_weight_gradient(dz, x, gw, gb, conv, last, output_mask[2], precision, weight_tile)
+        run_weight_gradient(dz, y, x, gw, gb, conv, last, output_mask[2], precision, weight_tile)
     elif output_mask[2]:
         gb = dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
     return gx, gw, gb
@@ -155,7 +176,8 @@ def run_input_gradient(
     precision: str,
     tile: ConvTile | None,
 ) -> None:
-    tile = tile or input_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision)[0]
+    arch = architecture(x.device)
+    tile = tile or input_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision, arch)[0]
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
     conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](
@@ -195,7 +217,7 @@ def aligned_run(conv: Conv, x: Tensor) -> tuple[int, bool]:
         or conv.inputs > 4
     ):
         return 0, False
-    pitch = -(-run // 4) * 4
+    pitch = -(-run // 2) * 2
     end = (conv.out_columns - 1) * conv.sw * conv.inputs + pitch  # in a row of x
     last_row = sum(
         (n - 1) * stride for n, stride in ((x.shape[0], x.stride(0)), (conv.rows, x.stride(2)))
@@ -205,7 +227,8 @@ def aligned_run(conv: Conv, x: Tensor) -> tuple[int, bool]:
 
 
 def run_weight_gradient(
-    dz: Tensor,
+    g: Tensor,
+    y: Tensor | None,
     x: Tensor,
     gw: Tensor,
     gb: Tensor,
@@ -215,8 +238,9 @@ def run_weight_gradient(
     precision: str,
     tile: ConvTile | None,
 ) -> None:
+    """y: the ReLU's output where g is still to be masked by it."""
     arch = architecture(x.device)
-    tile = tile or weight_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision, arch)[0]
+    tile = tile or weight_gradient_tiles(conv, last, g.shape[0], g.dtype, precision, arch)[0]
     run, read_past = aligned_run(conv, x)
     length = gw.numel() + gw.shape[0]
     split = tile.split
@@ -229,23 +253,26 @@ def run_weight_gradient(
         split,
     )
     conv_weight_gradient[grid](
-        dz,
+        g,
+        g if y is None else y,
         x,
         parts,
         gw,
         gb,
-        dz.shape[0],
-        layout.strides(dz),
+        g.shape[0],
+        layout.strides(g),
+        layout.strides(g if y is None else y),
         layout.strides(x),
         layout.strides(gw),
         conv,
+        y is not None,
         run,
         read_past,
         not last,
         outputs_first(tile, arch),
         bias,
         precision,
-        layout.needs_wide(dz, x),
+        layout.needs_wide(g, x) if y is None else layout.needs_wide(g, y, x),
         split,
         tile.n,
         tile.n2,

@@ -88,7 +88,7 @@ def candidates_linear_relu_backward(
     rows, precision, arch = x.shape[0], float32_precision(), architecture(x.device)
     found = {}
     if output_mask[0]:
-        found["input_tile"] = input_gradient_tiles(conv, True, rows, x.dtype, precision)
+        found["input_tile"] = input_gradient_tiles(conv, True, rows, x.dtype, precision, arch)
     if output_mask[1]:
         found["weight_tile"] = weight_gradient_tiles(conv, True, rows, x.dtype, precision, arch)
     return found
@@ -147,7 +147,7 @@ def linear_relu_backward(
         gw = weight.new_empty(weight.shape)
         gb = weight.new_empty(conv.outputs if output_mask[2] else 0)
         out, wants_bias = as_pixels(gw), output_mask[2]
-        run_weight_gradient(dz, x, out, gb, conv, True, wants_bias, precision, weight_tile)
+        run_weight_gradient(dz, None, x, out, gb, conv, True, wants_bias, precision, weight_tile)
     elif output_mask[2]:
         gb = dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
     return gx, gw, gb

@@ -216,6 +216,23 @@ def test_backward_is_the_same_every_run_and_asks_for_no_more_than_wanted():
             assert torch.equal(parts[i], found[i])
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_a_first_layers_weight_gradient_masks_at_load(case, dtype, layout):
+    """Bit for bit what the pass gives, NaN outputs and gradients of another layout included."""
+    x, weight, _ = tensors(case, dtype, layout)
+    y = like(oracle.conv_relu(x.float(), weight.float(), None, *case[3:7]).to(dtype), x)
+    y[0, 0, 0, 0] = float("nan")
+    for grad_layout in ("nchw", "nhwc"):
+        grad = random(tuple(y.shape), dtype, grad_layout, seed=9)
+        dz = torch.ops.aten.threshold_backward(grad, y, 0)
+        wanted = (False, True, True)
+        found = conv_relu_backward(grad, y, x, weight, *case[3:7], wanted)
+        given = conv_relu_backward(dz, y, x, weight, *case[3:7], wanted, grad_is_masked=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+
+
 def test_masks_move_to_the_kernel_that_makes_the_gradient():
     """grad_is_masked and mask_grad_input together equal the mask pass of the layer below."""
     case = CASES[3]

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from fastalex.kernels._configs import ConvTile, Launch
 from fastalex.kernels.conv_relu import conv_relu
+from fastalex.kernels.conv_relu_backward import conv_relu_backward
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
 from fastalex.kernels.max_pool import max_pool, max_pool_backward
@@ -93,6 +94,23 @@ def test_the_fused_pair_rereads_little_from_l2():
     with counting() as traffic:
         lrn_max_pool(x, *NORM, *WINDOW, False, True, launch=Launch(128, 4, 4))
     assert traffic.by_program("read") <= 1.35 * x.numel() * 2
+
+
+def test_a_first_layers_mask_moves_one_map_more_than_the_gradient():
+    """Read are g, y and x once; a pass would read g and y, write dz, and read that. What it writes are the parts."""
+    x = sector_aligned((1, 64, 8, 8), torch.float16, True)
+    weight = sector_aligned((64, 64, 1, 1), torch.float16, True)
+    g, y = (sector_aligned((1, 64, 8, 8), torch.float16, True) for _ in range(2))
+    one = (1, 1)
+    tile = ConvTile(32, 64, 0, 64, 4, 3)
+    arguments = (x, weight, one, (0, 0), one, 1)
+    with counting() as traffic:
+        gw, gb = conv_relu_backward(g, y, *arguments, (False, True, True), weight_tile=tile)[1:]
+    assert traffic.by_program("read") == 2 * (g.numel() + y.numel() + x.numel())
+    assert traffic.by_program("written") == 2 * (gw.numel() + gb.numel())
+    with counting() as traffic:
+        conv_relu_backward(g, y, *arguments, (True, True, True), weight_tile=tile)
+    assert traffic.by_grid("written") == 2 * (2 * g.numel() + gw.numel() + gb.numel())  # dz and gx
 
 
 def test_a_convolution_program_moves_what_its_tile_says():

@@ -35,9 +35,11 @@ smaller GPUs; on gfx942, dtypes other than float16 |
 by 5 % goes unseen | each is planted, and the ledger's test names it | what a profiler would add |
 | 64-bit offsets where a tensor needs them, and only there | launches recorded on meta tensors; \
 strided views 2^31 elements apart in the interpreter | |
-| launches: 8 forward (stock 27 and more), 22 backward (stock 44 and more) for the paper's network at \
+| launches: 8 forward (stock 27 and more), 21 backward (stock 44 and more; on sm_8x 22) for the paper's network at \
 batch 32, but for one that reorders conv1's weight | launches recorded; stock's ATen calls counted | |
-| under 6 % of the forward's matrix work is padding, at batch 32 and more | computed from the tiles | |
+| under 6 % of the matrix work is padding, forward at batch 32 and more and in training at 128, but for what the \
+docstrings count | computed from the tiles | |
+| a first layer's weight gradient masks what it loads: one map more read, no pass | bytes counted in the interpreter | |
 | LRN, pooling and the pair move at most 1.05 times the compulsory bytes | sectors counted in the \
 interpreter, over the grid | that caches keep what a program rereads |
 | eight-warp tiles | executed in the interpreter, compiled | right on hardware: the tuner compares \
@@ -63,7 +65,9 @@ Known to fall short:
   4 bytes at a time.
 - The strided input gradient of a 3-channel input pads its 3 channels to 16: 81 % of its matrix work
   is waste. Training never asks for it; a gradient with respect to images does.
-- conv1's weight gradient pads 23 % of its matrix work (its docstring says why).
+- conv2's weight gradient pads 6.7 % of its matrix work, and conv1's and conv4's on sm_8x 41 % and 38 %: the tiles that
+  pad less issue more instructions (`kernels/conv_relu_backward.py` has the counts).
+- The ReLU mask is a pass of its own, three maps moved, for every convolution but a first one; the same file counts why.
 - Convolution + bias + ReLU + max-pool in one kernel is not there: see below.
 
 ## CUDA C++: `cuda` and `cupy`
@@ -169,6 +173,12 @@ def table(ledger: dict) -> str:
     rows = [f"conv_relu/{name}/fp16/nhwc/b{BATCH}/" for name in layers]
     for which in ("input", "weight"):
         rows += [f"conv_relu_backward/{which}/{name}/fp16/nhwc/" for name in layers]
+    rows.append("conv_relu_backward/first-weight/conv1/fp16/nhwc/")
+    rows += [
+        f"linear_relu/fc6/fp16/b{BATCH}",
+        *(f"linear_relu_backward/{w}/fc6/fp16/b{BATCH}" for w in ("input", "weight")),
+    ]
+    rows.append("augment/fp16/colour")
     rows += [f"{op}/fp16/nhwc/" for op in ("lrn", "lrn_backward", "max_pool/train")]
     rows += [f"{op}/fp16/nhwc/" for op in ("max_pool_backward", "lrn_max_pool/infer")]
     rows += [f"{op}/fp16/nhwc/" for op in ("lrn_max_pool/train", "lrn_max_pool_backward")]

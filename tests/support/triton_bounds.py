@@ -86,7 +86,10 @@ def costs() -> dict[str, tuple[str, float, float]]:
             found[f"{which} gradient {name}"] = prefix, flops, moved
     rows, inputs, outputs = BATCH, 9216, 4096
     moved = float(BYTES * (rows * (inputs + outputs) + inputs * outputs))
-    found["linear_relu fc6"] = "linear_relu/fc6/", 2.0 * rows * inputs * outputs, moved
+    prefix = f"linear_relu/fc6/fp16/b{BATCH}"
+    found["linear_relu fc6"] = prefix, 2.0 * rows * inputs * outputs, moved
+    moved = float(BATCH * 227 * 3 * (227 + 228 * BYTES))
+    found["augment to 227 x 227"] = "augment/fp16/colour", 0.0, moved
     x, y = BATCH * 96 * 55 * 55 * BYTES, BATCH * 96 * 27 * 27
     found["lrn norm1"] = "lrn/fp16/nhwc/", 0.0, 2.0 * x
     found["lrn_backward norm1"] = "lrn_backward/fp16/nhwc/", 0.0, 3.0 * x

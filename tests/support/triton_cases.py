@@ -11,6 +11,7 @@ import torch
 from fastalex.kernels import _configs as configs
 from fastalex.kernels._conv import forward_scheme, geometry
 from fastalex.kernels._layout import strides
+from fastalex.kernels.augment import augment
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
 from fastalex.kernels.linear_relu import linear_relu, linear_relu_backward
@@ -163,32 +164,38 @@ def backward_cases(
     y = meta((BATCH, weight.shape[0], conv.out_rows, conv.out_columns), x.dtype, last)
     where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}"
     found = {
-        "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision),
+        "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
         "weight": configs.weight_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
     }
     if every:
-        found["input"] += configs.CONV_INPUT_GRADIENT[last]
+        found["input"] += [
+            t for t in configs.CONV_INPUT_GRADIENT[last] if configs.fits(t, conv.inputs)
+        ]
         found["weight"] += [
             replace(t, split=configs.weight_gradient_split(t, conv, BATCH))
             for t in configs.weight_gradient_table(last, arch)
         ]
+    # the weight gradient of a first layer, and what it could be of another, masks its operand itself
+    if configs.masks_at_load((False, True), arch) and name in ("conv1", "conv3"):
+        found["first-weight"] = found["weight"]
     for which, listed in found.items():
         tiles = list(dict.fromkeys(listed))
-        wanted = (which == "input", which == "weight", which == "weight")
+        side = which.removeprefix("first-")
+        wanted = (side == "input", side == "weight", side == "weight")
         for i, tile in enumerate(tiles if every else tiles[:1]):
             yield Case(
                 f"conv_relu_backward/{which}/{where}/{describe(tile)}",
-                f"conv_{which}_gradient",
-                lambda tile=tile, which=which, wanted=wanted: conv_relu_backward(
+                f"conv_{side}_gradient",
+                lambda tile=tile, side=side, which=which, wanted=wanted: conv_relu_backward(
                     y,
                     y,
                     x,
                     weight,
                     *rest,
                     wanted,
-                    grad_is_masked=True,
+                    grad_is_masked=which == side,
                     precision=precision,
-                    **{which + "_tile": tile},
+                    **{side + "_tile": tile},
                 ),
                 quick=i == 0 and dtype_name == "fp16" and last and name == "conv3",
             )
@@ -198,18 +205,40 @@ def label(dtype_name: str, precision: str) -> str:
     return precision if dtype_name == "fp32" else dtype_name
 
 
-def linear_cases() -> Iterator[Case]:
+def linear_cases(dtype_name: str, rows: int) -> Iterator[Case]:
     """fc6, the largest matrix of the network, forward and backward."""
-    x, w = (torch.empty(n, 9216, dtype=torch.float16, device="meta") for n in (BATCH, 4096))
-    y = torch.empty(BATCH, 4096, dtype=torch.float16, device="meta")
-    bias = y[0]
-    yield Case("linear_relu/fc6/fp16", "conv_relu_forward", lambda: linear_relu(x, w, bias, True))
+    dtype = DTYPES[dtype_name]
+    x, w = (torch.empty(n, 9216, dtype=dtype, device="meta") for n in (rows, 4096))
+    y = torch.empty(rows, 4096, dtype=dtype, device="meta")
+    where = f"fc6/{label(dtype_name, 'tf32')}/b{rows}"
+    yield Case(
+        f"linear_relu/{where}",
+        "conv_relu_forward",
+        lambda: linear_relu(x, w, w[:, 0].clone(), True, precision="tf32"),
+    )
     for which, wanted in (("input", (True, False, False)), ("weight", (False, True, True))):
         yield Case(
-            f"linear_relu_backward/{which}/fc6/fp16",
+            f"linear_relu_backward/{which}/{where}",
             f"conv_{which}_gradient",
-            lambda wanted=wanted: linear_relu_backward(y, y, x, w, wanted),
+            lambda wanted=wanted: linear_relu_backward(y, y, x, w, wanted, precision="tf32"),
         )
+
+
+def augment_cases() -> Iterator[Case]:
+    """Crops of the network's size into rows of 228 pixels: each result's type, minus a colour or an image."""
+    images = torch.empty(BATCH, 256, 256, 3, dtype=torch.uint8, device="meta")
+    corners = torch.empty(BATCH, 2, dtype=torch.int64, device="meta")
+    mirrored = torch.empty(BATCH, dtype=torch.bool, device="meta")
+    shift, colour = (torch.empty(*n, 3, device="meta") for n in ((BATCH,), ()))
+    for mean, minus in ((colour, "colour"), (torch.empty(256, 256, 3, device="meta"), "image")):
+        for dtype_name, dtype in DTYPES.items():
+            arguments = (images, corners, mirrored, shift, mean, (227, 227), 1.0, 228, dtype)
+            yield Case(
+                f"augment/{dtype_name}/{minus}",
+                "crops",
+                lambda arguments=arguments: augment(*arguments),
+                quick=dtype_name == "fp16" and minus == "colour",
+            )
 
 
 # the layers on which every configuration of a table is compiled, for every architecture: of each K scheme, and of each
@@ -226,9 +255,10 @@ def cases(arch: str) -> list[Case]:
         found += pointwise_cases("fp16", last, every=True)
     for name, last in WHOLE_TABLES:
         found += forward_cases(name, "fp16", last, "tf32", BATCH, every=True)
-        gradients = name == "conv3"
+        gradients = name in ("conv1", "conv3")
         found += backward_cases(arch, name, "fp16", last, "tf32", every=gradients)
-    found += linear_cases()
+    found += linear_cases("fp16", BATCH)
+    found += augment_cases()
     if not arch.startswith("gfx"):
         found += first_choices(arch)
     return list({case.name: case for case in found}.values())
@@ -241,6 +271,8 @@ def first_choices(arch: str) -> Iterator[Case]:
     for name in LAYERS:
         yield from forward_cases(name, "fp16", True, "tf32", BATCH, every=False)
         yield from backward_cases(arch, name, "fp16", True, "tf32", every=False)
+    for dtype_name, rows in (("fp16", 1), ("bf16", BATCH), ("fp32", BATCH)):
+        yield from linear_cases(dtype_name, rows)
     for name in ("conv1", "conv3", "conv5"):
         yield from forward_cases(name, "fp16", True, "tf32", 1, every=False)
     for name, dtype_name, precision in (
