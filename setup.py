@@ -3,7 +3,8 @@
 FASTALEX_BUILD: "auto" (default: what the machine can build; CUDA where nvcc is, GPU or not), "cpu" (fail unless the
 CPU library builds, and build no CUDA), "cuda" (fail unless both build) or "none". A compiler that is there and fails is
 an error in every mode that builds. CXX and NVCC name the compilers. FASTALEX_CUDA_ARCH lists compute capabilities, such
-as "80;90+PTX" (the last one's PTX for GPUs to come); by default, all of CUDA_ARCHITECTURES that nvcc knows.
+as "80;90a;120+PTX" (the last one's PTX for GPUs to come; 90a is 9.0 with Hopper's own instructions); by default, all
+of CUDA_ARCHITECTURES that nvcc knows.
 """
 
 import importlib.util
@@ -58,7 +59,7 @@ CXX_FLAGS = (
 # The launchers and the registration: they decide, and compute nothing.
 PLAN_FLAGS = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden"
-CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120+PTX")
+CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120+PTX")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI as torch 2.11 has it
 LIBRARIES = {"cpu": ("_cpu", "_cuda_plan"), "cuda": ("_cpu", "_cuda_plan", "_cuda")}
 
@@ -73,14 +74,14 @@ def cuda_architectures() -> list[str]:
     asked = re.split(r"[;, ]+", os.environ.get("FASTALEX_CUDA_ARCH", "").strip())
     if asked != [""]:
         for name in asked:
-            if not re.fullmatch(r"[1-9]\d+(\+PTX)?", name):
+            if not re.fullmatch(r"[1-9]\d+a?(\+PTX)?", name):
                 raise SystemExit(
                     f"FASTALEX_CUDA_ARCH has '{name}'; it lists compute capabilities such as 80;90+PTX"
                 )
         return asked
     listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = set(re.findall(r"compute_(\d+)", listed.stdout))
-    default = [name for name in CUDA_ARCHITECTURES if name.removesuffix("+PTX") in known]
+    default = [name for name in CUDA_ARCHITECTURES if re.match(r"\d+", name)[0] in known]
     return default or list(CUDA_ARCHITECTURES)
 
 

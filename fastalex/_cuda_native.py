@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from fastalex import _native
 
 #: What the kernels are written for: asynchronous copies and bfloat16 tensor cores.
 OLDEST = (8, 0)
+#: The one capability that has wgmma, and its architecture's name: code for it runs nowhere else.
+HOPPER, HOPPER_CODE = (9, 0), "90a"
 
 
 @functools.cache
@@ -73,15 +76,54 @@ def architecture_error(device: int) -> str | None:
     built = str(library().architectures())
     major, minor = torch.cuda.get_device_capability(device)
     for name in built.split(","):
-        number = int(name.removesuffix("+PTX"))
-        if number // 10 == major and number % 10 <= minor:
+        code = name.removesuffix("+PTX")
+        number = int(code.removesuffix("a"))
+        if code.endswith("a"):
+            if number == 10 * major + minor:
+                return None  # such code, and its PTX, runs on one capability alone
+        elif number // 10 == major and number % 10 <= minor:
             return None  # machine code runs on later minors of its major
-        if name.endswith("+PTX") and number <= 10 * major + minor:
+        elif name.endswith("+PTX") and number <= 10 * major + minor:
             return None
     return (
         f"the CUDA library was built for {built} and this GPU is {major}{minor}: reinstall with "
-        f"FASTALEX_CUDA_ARCH={major}{minor}"
+        f"FASTALEX_CUDA_ARCH={wanted_code(major, minor)}"
     )
+
+
+def wanted_code(major: int, minor: int) -> str:
+    """The architecture to build for: all instructions of a Hopper have a name of their own."""
+    return HOPPER_CODE if (major, minor) == HOPPER else f"{major}{minor}"
+
+
+@functools.cache
+def wgmma_error(device: int) -> str | None:
+    """Why this GPU has no wgmma, or None."""
+    have = torch.cuda.get_device_capability(device)
+    if have == HOPPER:
+        return None
+    return f"this GPU has compute capability {have[0]}.{have[1]}, and wgmma is that of 9.0 (Hopper)"
+
+
+@functools.cache
+def wgmma_library_error() -> str | None:
+    """Why the library that nvcc builds has no wgmma, or None."""
+    built = str(library().architectures())
+    if HOPPER_CODE in re.split(r"[,+]", built):
+        return None
+    return (
+        f"the CUDA library was built for {built}: reinstall with FASTALEX_CUDA_ARCH={HOPPER_CODE}"
+    )
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What multiplies 16-bit values on tensor cores: mma.sync, or wgmma, which is Hopper's alone."""
+
+    wgmma: bool
+
+    def __str__(self) -> str:
+        return "wgmma" if self.wgmma else "mma.sync"
 
 
 @dataclass(frozen=True)

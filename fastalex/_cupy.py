@@ -76,7 +76,8 @@ def compile_kernels(
         nvrtc.compileProgram(program, tuple(options))
         get = nvrtc.getCUBIN if binary == "cubin" else nvrtc.getPTX
         names = {one: str(nvrtc.getLoweredName(program, one)) for one in expressions}
-        return bytes(get(program)), names
+        # CuPy cuts the last byte, as of a C string: it is a cubin's own, and a zero.
+        return bytes(get(program)) + b"\0", names
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         what = ", ".join(expressions)
@@ -92,7 +93,8 @@ def options_for(capability: int) -> tuple[tuple[str, ...], str]:
     known = [arch for arch in nvrtc.getSupportedArchs() if arch <= capability]
     best = max(known, default=80)
     own = best // 10 == capability // 10
-    code = f"--gpu-architecture={'sm' if own else 'compute'}_{best}"
+    name = _cuda_native.wanted_code(*divmod(best, 10)) if best == capability else best
+    code = f"--gpu-architecture={'sm' if own else 'compute'}_{name}"
     include = (f"-I{kernel_folder()}", f"-I{cuda_include()}")
     return (code, "-std=c++20", *include), "cubin" if own else "ptx"
 

@@ -117,7 +117,9 @@ def call_key(op: str, args: Sequence[Any]) -> str:
 
 def _configurations() -> dict[str, Any]:
     configs = importlib.import_module("fastalex.kernels._configs")
-    return {kind.__name__: kind for kind in (configs.ConvTile, configs.Launch)}
+    native = importlib.import_module("fastalex._cuda_native")  # which imports this module's users
+    kinds = (configs.ConvTile, configs.Launch, native.Instruction)
+    return {kind.__name__: kind for kind in kinds}
 
 
 def load(path: Path) -> dict[str, Choice]:

@@ -195,6 +195,10 @@ def test_a_missing_driver_is_refused(built, monkeypatch):
         ("86", (8, 0), False),
         ("80,90", (10, 0), False),
         ("90", (8, 0), False),
+        ("80,90a", (9, 0), True),
+        ("80,90a", (8, 6), True),
+        ("90a,100", (12, 0), False),  # Hopper's own code runs on no other GPU,
+        ("90a+PTX", (10, 0), False),  # by way of PTX neither
     ],
 )
 def test_a_library_for_other_gpus_is_refused(monkeypatch, library, gpu, served):

@@ -59,8 +59,8 @@ def test_the_planner_asks_for_what_the_launchers_launch(dtype, layout):
     try:
         for name, arguments in calls(dtype, layout):
             planned: list[_cuda_native.Launch] = []
-            tf32 = (False,) if name.startswith("conv") else ()
-            _cuda_native.call(name, (*arguments, *tf32), planned.append)
+            flags = (False, False) if name.startswith("conv") else ()  # tf32, wgmma
+            _cuda_native.call(name, (*arguments, *flags), planned.append)
             getattr(host, name)(*arguments)
             launched = host.launches()
             assert [str(one) for one in planned] == [str(one) for one in launched], name
@@ -263,7 +263,7 @@ def test_the_key_names_all_that_code_depends_on():
     ("gpu", "option", "binary"),
     [
         (86, "sm_86", "cubin"),
-        (90, "sm_90", "cubin"),
+        (90, "sm_90a", "cubin"),
         (120, "sm_120", "cubin"),
         (199, "compute_", "ptx"),
     ],
@@ -280,6 +280,7 @@ FEW = [
     "lrn_channels_last<__half, 8, 5>",
     "max_pool<__nv_bfloat16, 8, true, 3>",
     "conv_relu<HalfMath<__half>, ConvTile<64, 64, 32, 32, 4, 4>, GatherCopier, 16>",
+    "conv_relu<WgmmaMath<__half>, ConvTile<128, 128, 16, 128, 6, 2>, PixelCopier, 16>",
 ]
 
 
@@ -287,6 +288,11 @@ FEW = [
 def test_some_kernels_compile_with_nvrtc():
     code, names = _cupy.compile_kernels(FEW, *_cupy.options_for(90))
     assert code[:4] == b"\x7fELF"
+    (headers,), (size, count) = (
+        struct.unpack_from("<Q", code, 32),
+        struct.unpack_from("<HH", code, 54),
+    )
+    assert headers + size * count == len(code)  # its program headers come last: the file is whole
     assert [kernel.partition("<")[0] in names[kernel] for kernel in FEW] == [True] * len(FEW)
 
 

@@ -35,11 +35,11 @@ def library():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_schemas_are_the_operators_own(library, name):
-    """A product's has one argument more: whether float32 is rounded to TF32."""
+    """A product's has two arguments more: whether float32 is rounded to TF32, and Hopper's instruction used."""
     ours = str(getattr(torch.ops.fastalex_cuda, name).default._schema)
     theirs = str(getattr(torch.ops.fastalex, name).default._schema)
     if name.startswith(("conv", "linear")):
-        ours = ours.replace(", bool tf32)", ")")
+        ours = ours.replace(", bool tf32, bool wgmma)", ")")
     assert ours.removeprefix("fastalex_cuda::") == theirs.removeprefix("fastalex::")
 
 
@@ -68,7 +68,17 @@ def test_the_stream_is_found_where_torch_has_cuda(library):
 def test_a_cpu_tensor_is_refused_with_a_reason_and_a_mend(library):
     with pytest.raises(RuntimeError, match=r"`input` is not on a CUDA device: move it with \.cuda"):
         torch.ops.fastalex_cuda.lrn(torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1)
-    conv = (torch.ones(1, 8, 3, 3), torch.ones(8, 8, 1, 1), None, [1, 1], [0, 0], [1, 1], 1, False)
+    conv = (
+        torch.ones(1, 8, 3, 3),
+        torch.ones(8, 8, 1, 1),
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        1,
+        False,
+        False,
+    )
     with pytest.raises(RuntimeError, match="not on a CUDA device"):
         torch.ops.fastalex_cuda.conv_relu(*conv)
 

@@ -21,6 +21,15 @@ def test_products_of_halves_and_tf32_run_on_tensor_cores():
     assert not [n for n in TENSOR if ("FmaMath" in n) == bool(KERNELS[n]["mma"])]
 
 
+def test_hopper_s_kernels_multiply_by_warpgroups():
+    names = [name for name in TENSOR if "WgmmaMath" in name]
+    assert len(names) == 4
+    for name in names:
+        assert all(op.startswith("HGMMA.64x") for op in KERNELS[name]["mma"]), name
+        assert KERNELS[name]["warps"] == 8
+        assert KERNELS[name]["occupancy"] == 0.25, name  # two blocks an SM
+
+
 def test_aligned_convolutions_copy_wide_and_asynchronously():
     """But for the bias, loads of 4 bytes at most are an odd output's, and never of the main loop."""
     for name in TENSOR:

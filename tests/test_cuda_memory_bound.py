@@ -55,6 +55,7 @@ FUSED_CASES = {
     "padding and ceil": ((1, 16, 8, 9), 1, ALEXNET, (3, 3), (2, 2), (1, 1), True),
     "odd channels": ((1, 6, 7, 6), 2, (3, 0.4, 0.5, 1.0), (2, 3), (1, 2), (0, 0), False),
     "bands: more rows than one tile": ((1, 8, 45, 33), 1, ALEXNET, (3, 3), (2, 2), (0, 0), False),
+    "several rows of outputs a block": ((96, 8, 37, 5), 1, ALEXNET, (3, 3), (2, 2), (0, 0), False),
     "rows wider than a ring": ((1, 256, 5, 40), 1, ALEXNET, (3, 3), (2, 2), (0, 0), False),
     "stride past the window": ((1, 8, 9, 9), 1, ALEXNET, (2, 2), (3, 3), (0, 0), False),
     "too large: two kernels": ((1, 16, 40, 40), 1, ALEXNET, (33, 33), (2, 2), (0, 0), False),

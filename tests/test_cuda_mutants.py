@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import cuda_host
 from tests.support.cuda_mutants import MUTANTS
-from tests.test_cuda_sanitizers import CONV, MEMORY, ROOT, sanitized
+from tests.test_cuda_sanitizers import CONV, HOPPER, MEMORY, ROOT, sanitized
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 CASES, TRACES = "tests/test_cuda_cases.py", "tests/test_cuda_traces.py"
 VARIANTS = {"values": "plain", "address": "address", "trace": "trace"}
-NOTICES = r"\d+ failed|AddressSanitizer|runtime error:"
+NOTICES = r"(?m)^FAILED |AddressSanitizer|runtime error:"
 
 
 def report(gate: str, mutant, library) -> str:
@@ -29,9 +29,12 @@ def report(gate: str, mutant, library) -> str:
     environment["FASTALEX_HOST_CUDA"] = VARIANTS[gate]
     if gate == "address":
         environment |= sanitized("libasan.so")
-    suites = [CONV if "conv" in "".join(mutant.units) else MEMORY, CASES]
+    suites = [HOPPER] if "conv_wgmma" in mutant.units else [CONV, CASES]
+    if not any("conv" in unit for unit in mutant.units):
+        suites = [MEMORY, CASES]
     selection = "tf32" if "tf32" in mutant.name else "float16 or schedule or nan or torch"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # A sanitizer ends the process, and with it what pytest had captured of its words: -s.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider"]
     if gate == "trace":
         command += [TRACES]
     else:

@@ -48,6 +48,29 @@ extern "C" __global__ void probe_copy(unsigned s, const char* g, int n) {
   cp_async_commit();
   cp_async_wait<3>();
 }
+template <class T, int Columns>
+__device__ void probe_group(unsigned long long a, unsigned long long b, float* out) {
+  float d[Columns][4];
+  for (int i = 0; i < 4 * Columns; i++) d[i / 4][i % 4] = out[i];
+  fence_async_proxy();
+  wgmma_fence();
+  wgmma_m64k16<T>(d, a, b);
+  wgmma_commit();
+  wgmma_wait<1>(d);
+  for (int i = 0; i < 4 * Columns; i++) out[1000 + i] = d[i / 4][i % 4];
+}
+extern "C" __global__ void probe_group_f16_128(unsigned long long a, unsigned long long b, float* d) {
+  probe_group<__half, 16>(a, b, d);
+}
+extern "C" __global__ void probe_group_f16_192(unsigned long long a, unsigned long long b, float* d) {
+  probe_group<__half, 24>(a, b, d);
+}
+extern "C" __global__ void probe_group_bf16_128(unsigned long long a, unsigned long long b, float* d) {
+  probe_group<__nv_bfloat16, 16>(a, b, d);
+}
+extern "C" __global__ void probe_group_bf16_192(unsigned long long a, unsigned long long b, float* d) {
+  probe_group<__nv_bfloat16, 24>(a, b, d);
+}
 extern "C" __global__ void probe_roots(float* x) {
   x[1] = inverse_root(x[0]);
   x[2] = approximate_root(x[0]);
@@ -66,7 +89,7 @@ def bodies(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
     source, target = folder / "probe.cu", folder / "probe.ptx"
     source.write_text(PROBE)
-    command = ["nvcc", "-std=c++20", "-ptx", "-arch=sm_80", f"-I{KERNELS}", source, "-o", target]
+    command = ["nvcc", "-std=c++20", "-ptx", "-arch=sm_90a", f"-I{KERNELS}", source, "-o", target]
     subprocess.run(command, check=True)
     text = target.read_text()
     return {m[1]: m[2] for m in re.finditer(r"\.entry (\w+)\((.*?)\n}", text, re.S)}
@@ -105,6 +128,39 @@ def test_mma(bodies, name):
 def test_ldmatrix(bodies, name, kind):
     (d,) = operands(bodies[name], f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16")
     assert [stored(bodies[name])[r] for r in d] == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("columns", [128, 192])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_wgmma(bodies, kind, columns):
+    """Sum i is slot i, in and out; then the two descriptors, 1 to add, 1 and 1 for signs, 0 and 0 for K-major."""
+    body = bodies[f"probe_group_{kind}_{columns}"]
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
+    match = re.search(re.escape(instruction) + r"\s*\{(.*?)\}, (%\w+), (%\w+), (.*?);", body)
+    assert match, instruction
+    sums = re.findall(r"%\w+", match[1])
+    source, target = loaded(body), stored(body)
+    assert [source[r] for r in sums] == list(range(columns // 2))
+    assert [target[r] for r in sums] == list(range(1000, 1000 + columns // 2))
+    given = dict(re.findall(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d)\];", body))
+    assert (given[match[2]], given[match[3]], match[4]) == ("0", "1", "1, 1, 1, 0, 0")
+    order = [
+        "fence.proxy.async.shared::cta;",
+        "wgmma.fence.sync.aligned;",
+        instruction,
+        "wgmma.commit_group.sync.aligned;",
+        "wgmma.wait_group.sync.aligned 1;",
+    ]
+    assert sorted(order, key=body.index) == order
+
+
+def test_without_hopper_s_own_instructions_the_wrappers_are_empty(tmp_path):
+    """Code for any other GPU is compiled from the same source, and stops where it is started."""
+    source, target = tmp_path / "probe.cu", tmp_path / "probe.ptx"
+    source.write_text(PROBE)
+    command = ["nvcc", "-std=c++20", "-ptx", "-arch=sm_90", f"-I{KERNELS}", source, "-o", target]
+    subprocess.run(command, check=True)
+    assert "wgmma" not in target.read_text()
 
 
 def test_copies_and_roots(bodies):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXACT = ["mma float16", "mma bfloat16", "mma tf32", "ldmatrix", "cp.async", "barriers", "roots"]
-EXACT += ["division"]
+EXACT += ["division", "wgmma float16", "wgmma bfloat16"]
 MISUSES = {
     "copy to an odd address": "destination is not aligned",
     "copy from an odd address": "source is not aligned",
@@ -21,6 +21,11 @@ MISUSES = {
     "exit without a wait": "never waited for",
     "half a warp at ldmatrix": "deadlock",
     "tf32 operand not rounded": "not rounded by to_tf32",
+    "wgmma before a proxy fence": "no fence.proxy.async handed over",
+    "wgmma operand overwritten": "changed before its product ended",
+    "wgmma without its fence": "without wgmma.fence",
+    "wgmma never waited for": "never waited for",
+    "wgmma operand off its pattern": "starts inside a swizzle pattern",
     "threads at different barriers": "deadlock",
     "store past shared memory": "out of range",
     "plain write past shared memory": "outside dynamic shared memory",

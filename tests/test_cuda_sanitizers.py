@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, CONV = "tests/test_cuda_memory_bound.py", "tests/test_cuda_conv.py"
+HOPPER = "tests/test_cuda_wgmma.py"
 REPRESENTATIVE = (
     "(alexnet or padding or odd) and float16 or split or wide or strides or padded_rows"
 )
@@ -48,7 +49,8 @@ def run_under(variant: str, preload: str, *pytest_arguments: str) -> subprocess.
         pytest.skip(f"g++ has no {preload}")
     cuda_host.build(variant)
     environment = {**os.environ, "FASTALEX_HOST_CUDA": variant, **sanitized(preload)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # A sanitizer ends the process, and with it what pytest had captured of its words: -s.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider"]
     if variant == "thread" and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # a fixed address space: TSan's shadow needs it
     return subprocess.run(
@@ -69,12 +71,12 @@ def test_representative_set_under_address_and_undefined_sanitizers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", [MEMORY, CONV])
+@pytest.mark.parametrize("suite", [MEMORY, CONV, HOPPER])
 def test_everything_under_address_and_undefined_sanitizers(suite):
     assert_clean(run_under("address", "libasan.so", suite))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", [MEMORY, CONV])
+@pytest.mark.parametrize("suite", [MEMORY, CONV, HOPPER])
 def test_everything_under_the_thread_sanitizer(suite):
     assert_clean(run_under("thread", "libtsan.so", suite, "-m", "not slow"))

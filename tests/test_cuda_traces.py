@@ -116,6 +116,26 @@ def test_convolution_main_loop_has_no_bank_conflict(host, name, dtype):
     host.tf32 = False
 
 
+@pytest.mark.parametrize("outputs", [128, 192])
+def test_wgmma_reads_shared_memory_without_bank_conflict(host, outputs):
+    """Its reads are traced by rows of 16 bytes, eight a wavefront, as the copies put them there."""
+    x = draw((1, 64, 13, 13), HALF, "nhwc")
+    weight = draw((outputs, 64, 3, 3), HALF, "nhwc", 1)
+    host.wgmma = True
+    try:
+        result = trace(host, lambda: host.conv_relu(x, weight, None, *CONVS["pixels"][3:]))
+    finally:
+        host.wgmma = False
+    loop = {
+        place: line
+        for place, line in result.of("shared").items()
+        if place.startswith(("conv_copy.cuh", "conv_wgmma.cuh"))
+    }
+    assert any(place.startswith("conv_wgmma.cuh") for place in loop)
+    for place, line in loop.items():
+        assert line.units == line.ideal, (place, line)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_weight_gradient_main_loop_has_no_bank_conflict(host, dtype):
     shape, out, kernel, *geometry = CONVS["pixels"]

@@ -121,7 +121,7 @@ def test_forced_build_without_nvcc_fails(source, tmp_path):
 
 
 def test_an_ill_named_gpu_fails(source, tmp_path):
-    tools = {"CXX": compiler(tmp_path, PRETENDING_COMPILER), "FASTALEX_CUDA_ARCH": "90;hopper"}
+    tools = {"CXX": compiler(tmp_path, PRETENDING_COMPILER), "FASTALEX_CUDA_ARCH": "90a;hopper"}
     result = pip_wheel(source, tmp_path / "dist", NVCC=tools["CXX"], **tools)
     assert result.code != 0
     assert "FASTALEX_CUDA_ARCH has 'hopper'; it lists compute capabilities" in result.text

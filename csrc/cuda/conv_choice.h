@@ -15,12 +15,16 @@ using TileMiddle = ConvTile<128, 96, 64, 48, 4, 2>;  // 96 and 192 output channe
 using TileFlat = ConvTile<64, 128, 64, 64, 4, 4>;    // finer waves at the same reuse
 using TileSmall = ConvTile<64, 64, 32, 32, 4, 4>;    // few channels, few pixels
 using TileFloat = ConvTile<128, 64, 64, 32, 4, 2>;   // float32: twice the bytes, half the width
+// Hopper's, two warpgroups each of 64 rows: they read the image once and the weights twice; 192
+// columns waste nothing on 192 and 384 channels, and no wider sums fit the registers of two blocks.
+using TileGroup = ConvTile<128, 128, 16, 128, 6, 2>;
+using TileGroupWide = ConvTile<128, 192, 16, 192, 5, 2>;
 
 template <class T>
 using WeightTileOf = WeightTile<T, 128, sizeof(T) == 2 ? 128 : 64, 64, sizeof(T) == 2 ? 64 : 32, 3>;
 
 enum class ConvCopy { pixels, window, gather };
-enum class ConvShapeOfTile { wide, middle, flat, small, floats };
+enum class ConvShapeOfTile { wide, middle, flat, small, floats, group, group_wide };
 
 struct TileFacts {
   ConvShapeOfTile shape;
@@ -39,6 +43,14 @@ inline double tile_score(const TileFacts& t, long long pixels, long long channel
   const double waves = std::max(1.0, static_cast<double>(ceil_div(static_cast<long long>(blocks),
                                                                   static_cast<long long>(slots))));
   return useful * t.reuse * std::min(1.0, blocks / (waves * slots) + 0.25);
+}
+
+inline TileFacts choose_group_tile(long long pixels, long long channels, long long others) {
+  constexpr TileFacts kGroup = {ConvShapeOfTile::group, 128, 128, 2, 0.95};
+  constexpr TileFacts kWide = {ConvShapeOfTile::group_wide, 128, 192, 2, 1.0};
+  return tile_score(kWide, pixels, channels, others) > tile_score(kGroup, pixels, channels, others)
+             ? kWide
+             : kGroup;
 }
 
 inline TileFacts choose_tile(DType dtype, ConvCopy copy, long long pixels, long long channels,

@@ -70,12 +70,33 @@ inline int conv_shared_bytes(DType dtype, ConvShapeOfTile shape, int taps, int t
       return conv_shared_bytes<TileFlat>(dtype, taps, tap_depth);
     case ConvShapeOfTile::small:
       return conv_shared_bytes<TileSmall>(dtype, taps, tap_depth);
+    case ConvShapeOfTile::group:
+      return conv_shared_bytes<TileGroup>(dtype, taps, tap_depth);
+    case ConvShapeOfTile::group_wide:
+      return conv_shared_bytes<TileGroupWide>(dtype, taps, tap_depth);
     default:
       return conv_shared_bytes<TileFloat>(dtype, taps, tap_depth);
   }
 }
 inline int tile_threads(ConvShapeOfTile shape) {
-  return shape == ConvShapeOfTile::flat ? TileFlat::Threads : TileWide::Threads;
+  switch (shape) {
+    case ConvShapeOfTile::flat:
+      return TileFlat::Threads;
+    case ConvShapeOfTile::group:
+    case ConvShapeOfTile::group_wide:
+      return TileGroup::Threads;
+    default:
+      return TileWide::Threads;
+  }
+}
+
+// wgmma takes what the 16-byte copies bring, and rounds float32 otherwise than to_tf32 does.
+inline void require_wgmma_serves(DType dtype, ConvCopy copy) {
+  if (dtype == DType::f32)
+    throw std::runtime_error("fastalex: wgmma multiplies float16 and bfloat16 alone");
+  if (copy != ConvCopy::pixels)
+    throw std::runtime_error(
+        "fastalex: wgmma needs a channels_last input whose channels a group are a multiple of 8");
 }
 
 // The weight as it is, if it lies as the kernel walks through it.
@@ -125,8 +146,10 @@ inline ConvJob make_conv_job(DType dtype, const View& input, const View& weight,
   const long long pixels = ceil_div(p.h.out, phases_h) * ceil_div(p.w.out, phases_w) * p.images;
   to_int(output.size[0] * output.size[2] * output.size[3], "the number of output pixels");
   to_int(pixels, "the number of output pixels");
-  job.tile = choose_tile(dtype, job.copy, pixels, p.channels_out,
-                         static_cast<long long>(p.groups) * phases_h * phases_w);
+  const long long others = static_cast<long long>(p.groups) * phases_h * phases_w;
+  if (params.wgmma) require_wgmma_serves(dtype, job.copy);
+  job.tile = params.wgmma ? choose_group_tile(pixels, p.channels_out, others)
+                          : choose_tile(dtype, job.copy, pixels, p.channels_out, others);
   const long long rows = ceil_div(pixels, job.tile.rows),
                   columns = ceil_div(p.channels_out, job.tile.columns);
   const long long blocks = rows * columns * p.groups * phases_h * phases_w;

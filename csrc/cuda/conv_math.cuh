@@ -9,6 +9,7 @@ namespace fastalex {
 template <class T>
 struct HalfMath {
   using Element = T;
+  static constexpr bool kAvailable = true;
   __device__ __forceinline__ static void prepare(unsigned (&)[4]) {}
   __device__ __forceinline__ static void multiply(float (&d)[4], const unsigned (&a)[4],
                                                   unsigned b0, unsigned b1) {
@@ -18,6 +19,7 @@ struct HalfMath {
 
 struct Tf32Math {
   using Element = float;
+  static constexpr bool kAvailable = true;
   __device__ __forceinline__ static void prepare(unsigned (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -33,8 +35,9 @@ struct Tf32Math {
 };
 
 // Sums of a warp's tile on tensor cores, as mma lays them out over lanes.
-template <class Math, class Tile>
+template <class Math, class Tile_>
 struct TensorSums {
+  using Tile = Tile_;
   static constexpr int M = Tile::WarpM / 16, N = Tile::WarpN / 8;
   float sum[M][N][4];
   int warp_m, warp_n;
@@ -78,6 +81,7 @@ struct TensorSums {
 template <class Math, class Tile>
 struct TensorWarp : TensorSums<Math, Tile> {
   using Sums = TensorSums<Math, Tile>;
+  static constexpr bool kTensor = true;
   struct Fragments {
     unsigned a[Sums::M][4], b[Sums::N / 2][4];
   };
@@ -112,8 +116,10 @@ struct TensorWarp : TensorSums<Math, Tile> {
 
 // The same on FMA units: lanes form 8 rows x 4 pairs of columns, so that every shared load is one
 // wavefront.
-template <class Tile>
+template <class Tile_>
 struct FmaWarp {
+  using Tile = Tile_;
+  static constexpr bool kTensor = false;
   static constexpr int M = Tile::WarpM / 8, N = Tile::WarpN / 8;
   float sum[M][N][2];
   int warp_m, warp_n;
@@ -168,19 +174,18 @@ struct FmaWarp {
 
 struct FmaMath {
   using Element = float;
+  static constexpr bool kAvailable = true;
 };
 
 template <class Math, class Tile>
 struct WarpOf {
   using type = TensorWarp<Math, Tile>;
   using Sums = TensorSums<Math, Tile>;
-  static constexpr bool kTensor = true;
 };
 template <class Tile>
 struct WarpOf<FmaMath, Tile> {
   using type = FmaWarp<Tile>;
   using Sums = FmaWarp<Tile>;
-  static constexpr bool kTensor = false;
 };
 
 }  // namespace fastalex

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "conv_copy.cuh"
-#include "conv_math.cuh"
+#include "conv_wgmma.cuh"
 
 namespace fastalex {
 
@@ -97,11 +97,46 @@ struct ConvShared {
   static constexpr int Taps = Destinations + Tile::BlockM * static_cast<int>(sizeof(long long));
 };
 
+// Walks through the tiles of depth; `issue(stage, tile)` starts the copies of one. They run Stages
+// - 1 ahead of the multiplication, past the end too, where they become zeros: no branch keeps ptxas
+// from moving them out of line.
+template <class Warp, class Issue>
+__device__ __forceinline__ void multiply_ring(Warp& warp, char* ring, int first, int last,
+                                              const Issue& issue) {
+  using Tile = typename Warp::Tile;
+  constexpr int kLead = Tile::Stages - 1;
+#pragma unroll
+  for (int s = 0; s < kLead; s++) issue(ring + s * Tile::StageBytes, first + s);
+  cp_async_wait<kLead - 1>();
+  __syncthreads();  // the first stage has landed for every thread
+  warp.load(ring, 0);
+
+  int read = 0, write = kLead * Tile::StageBytes;
+#pragma unroll 1
+  for (int tile = first; tile < last; tile++) {
+    issue(ring + write, tile + kLead);
+    write = write == kLead * Tile::StageBytes ? 0 : write + Tile::StageBytes;
+    const char* stage = ring + read;
+    read = read == kLead * Tile::StageBytes ? 0 : read + Tile::StageBytes;
+    if constexpr (Warp::kTensor) {
+      warp.load(stage, 1);
+      warp.multiply(0);
+    } else {
+      warp.multiply_stage(stage);
+    }
+    cp_async_wait<kLead - 1>();
+    __syncthreads();  // the next stage has landed; this one is free
+    if constexpr (Warp::kTensor) {
+      warp.load(ring + read, 0);
+      warp.multiply(1);
+    }
+  }
+}
+
 template <class Math, class Tile, template <class, class, int> class Copier, int Bytes>
-__global__ void __launch_bounds__(Tile::Threads, Tile::MinBlocks) conv_relu(const ConvPlan p) {
+__device__ __forceinline__ void compute_tile(const ConvPlan& p) {
   using T = typename Math::Element;
-  using Warp = WarpOf<Math, Tile>;
-  constexpr int kDepth = kRowBytes / sizeof(T), kLead = Tile::Stages - 1;
+  constexpr int kDepth = kRowBytes / sizeof(T);
   char* ring = dynamic_shared();
   long long* destinations = reinterpret_cast<long long*>(ring + ConvShared<Tile, T>::Destinations);
   Tap* taps = reinterpret_cast<Tap*>(ring + ConvShared<Tile, T>::Taps);
@@ -120,47 +155,26 @@ __global__ void __launch_bounds__(Tile::Threads, Tile::MinBlocks) conv_relu(cons
   const WeightCopier<T, Tile> weight(p, b);
   __syncthreads();  // the tables are complete
 
-#pragma unroll
-  for (int s = 0; s < kLead; s++) {
-    image.issue(p, taps, ring + s * Tile::StageBytes, (first + s) * kDepth);
-    weight.issue(p, ring + s * Tile::StageBytes, (first + s) * kDepth);
+  typename WarpOf<Math, Tile>::type warp;
+  multiply_ring(warp, ring, first, last, [&](char* stage, int tile) {
+    image.issue(p, taps, stage, tile * kDepth);
+    weight.issue(p, stage, tile * kDepth);
     cp_async_commit();
-  }
-  typename Warp::type warp;
-  cp_async_wait<kLead - 1>();
-  __syncthreads();  // the first stage has landed for every thread
-  warp.load(ring, 0);
-
-  int read = 0, write = kLead * Tile::StageBytes;
-#pragma unroll 1
-  for (int k_tile = first; k_tile < last; k_tile++) {
-    // Past the end of depth the copies become zeros: no branch keeps ptxas from moving them out of
-    // line.
-    image.issue(p, taps, ring + write, (k_tile + kLead) * kDepth);
-    weight.issue(p, ring + write, (k_tile + kLead) * kDepth);
-    cp_async_commit();
-    write = write == kLead * Tile::StageBytes ? 0 : write + Tile::StageBytes;
-    const char* stage = ring + read;
-    read = read == kLead * Tile::StageBytes ? 0 : read + Tile::StageBytes;
-    if constexpr (Warp::kTensor) {
-      warp.load(stage, 1);
-      warp.multiply(0);
-    } else {
-      warp.multiply_stage(stage);
-    }
-    cp_async_wait<kLead - 1>();
-    __syncthreads();  // the next stage has landed; this one is free
-    if constexpr (Warp::kTensor) {
-      warp.load(ring + read, 0);
-      warp.multiply(1);
-    }
-  }
+  });
   cp_async_wait<0>();
   __syncthreads();  // the ring becomes the output tile
   if (p.partial)
     store_partial(p, b, warp, destinations);
   else
     store_tile<T, Tile>(p, b, warp, destinations, ring);
+}
+
+template <class Math, class Tile, template <class, class, int> class Copier, int Bytes>
+__global__ void __launch_bounds__(Tile::Threads, Tile::MinBlocks) conv_relu(const ConvPlan p) {
+  if constexpr (Math::kAvailable)
+    compute_tile<Math, Tile, Copier, Bytes>(p);
+  else
+    stop_with_error();  // chosen for a GPU that this code was not made for
 }
 
 }  // namespace fastalex

@@ -10,6 +10,8 @@ namespace fastalex {
 void run_conv(Element<__half>, const ConvJob& job, bool tf32, Stream stream);
 void run_conv(Element<__nv_bfloat16>, const ConvJob& job, bool tf32, Stream stream);
 void run_conv(Element<float>, const ConvJob& job, bool tf32, Stream stream);
+void run_wgmma(Element<__half>, const ConvJob& job, Stream stream);
+void run_wgmma(Element<__nv_bfloat16>, const ConvJob& job, Stream stream);
 
 template <class Math, class Tile>
 void run_tile(const ConvJob& job, Stream stream) {
@@ -29,6 +31,9 @@ void run_tile(const ConvJob& job, Stream stream) {
 template <class T>
 void run_half_conv(const ConvJob& job, Stream stream) {
   switch (job.tile.shape) {
+    case ConvShapeOfTile::group:
+    case ConvShapeOfTile::group_wide:
+      return run_wgmma(Element<T>(), job, stream);
     case ConvShapeOfTile::wide:
       return run_tile<HalfMath<T>, TileWide>(job, stream);
     case ConvShapeOfTile::middle:

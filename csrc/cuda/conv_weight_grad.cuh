@@ -181,23 +181,24 @@ __device__ __forceinline__ void multiply_weight_stage(TensorSums<Math, Tile>& wa
 }
 template <class Tile>
 __device__ __forceinline__ void multiply_weight_stage(FmaWarp<Tile>& warp, const char* stage) {
+  using Warp = FmaWarp<Tile>;
   const int lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int k = 0; k < Tile::BlockK; k++) {
-    float a[warp.M], b[warp.N][2];
+    float a[Warp::M], b[Warp::N][2];
 #pragma unroll
-    for (int m = 0; m < warp.M; m++)
+    for (int m = 0; m < Warp::M; m++)
       a[m] = load_shared(reinterpret_cast<const float*>(
           stage + Tile::left(k, (warp.warp_m + m * 8 + lane % 8) * 4)));
 #pragma unroll
-    for (int n = 0; n < warp.N; n++)
+    for (int n = 0; n < Warp::N; n++)
       load_shared_values(reinterpret_cast<const float*>(
                              stage + Tile::right(k, (warp.warp_n + n * 8 + lane / 8 * 2) * 4)),
                          b[n]);
 #pragma unroll
-    for (int m = 0; m < warp.M; m++)
+    for (int m = 0; m < Warp::M; m++)
 #pragma unroll
-      for (int n = 0; n < warp.N; n++)
+      for (int n = 0; n < Warp::N; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) warp.sum[m][n][e] = fmaf(a[m], b[n][e], warp.sum[m][n][e]);
   }

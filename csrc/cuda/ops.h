@@ -43,6 +43,7 @@ struct ConvParams {
   int stride[2], padding[2], dilation[2], groups;
   bool tf32;  // float32 on tensor cores, rounded to TF32; else IEEE float32
   bool relu;
+  bool wgmma;  // Hopper's instruction for 16-bit convolutions, on sm_90a alone
 };
 // `bias` is dense, or null. The workspace is the caller's, 256-byte aligned, and holds nothing
 // between calls.

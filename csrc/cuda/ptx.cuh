@@ -11,7 +11,7 @@ namespace fastalex {
 using SharedAddress = unsigned;
 
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char fastalex_shared[];
+  extern __shared__ __align__(1024) char fastalex_shared[];  // what wgmma's swizzles repeat by
   return fastalex_shared;
 }
 
@@ -120,6 +120,85 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
   return rounded;
 }
+
+// --- Hopper: a warpgroup, four warps, multiplies two tiles where they lie in shared memory -------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FASTALEX_ON_SM90A(...) __VA_ARGS__
+inline constexpr bool kHasWgmma = true;
+#else  // the instruction is sm_90a's alone: no older GPU has it, and no newer one
+#define FASTALEX_ON_SM90A(...)
+inline constexpr bool kHasWgmma = false;
+#endif
+
+__device__ __forceinline__ void stop_with_error() { __trap(); }
+
+// The address as a matrix descriptor has it.
+__device__ __forceinline__ unsigned wgmma_address(SharedAddress tile) { return tile & 0x3ffff; }
+
+// Hands over what this thread wrote to shared memory, its landed copies too: wgmma reads through
+// another proxy.
+__device__ __forceinline__ void fence_async_proxy() {
+  FASTALEX_ON_SM90A(asm volatile("fence.proxy.async.shared::cta;" :: : "memory");)
+}
+// Hands over the registers of sums; before the products of every group.
+__device__ __forceinline__ void wgmma_fence() {
+  FASTALEX_ON_SM90A(asm volatile("wgmma.fence.sync.aligned;" :: : "memory");)
+}
+__device__ __forceinline__ void wgmma_commit() {
+  FASTALEX_ON_SM90A(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory");)
+}
+// Until at most `Pending` groups run. The sums hold again when none does.
+template <int Pending, int Columns>
+__device__ __forceinline__ void wgmma_wait(float (&d)[Columns][4]) {
+  FASTALEX_ON_SM90A(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");)
+#pragma unroll
+  for (int i = 0; i < Columns; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+f"(d[i][e])::"memory");
+}
+
+// d += a * b on 64x16 and 16xN tiles, N = 8 * Columns, both K-major and told by descriptors;
+// starts, and ends at its wait.
+template <class T, int Columns>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[Columns][4], unsigned long long a,
+                                             unsigned long long b);
+
+#define FASTALEX_SUM(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FASTALEX_SUMS(i) \
+  FASTALEX_SUM(i), FASTALEX_SUM(i + 1), FASTALEX_SUM(i + 2), FASTALEX_SUM(i + 3)
+#define FASTALEX_SUMS_64 FASTALEX_SUMS(0), FASTALEX_SUMS(4), FASTALEX_SUMS(8), FASTALEX_SUMS(12)
+#define FASTALEX_SUMS_96 FASTALEX_SUMS_64, FASTALEX_SUMS(16), FASTALEX_SUMS(20)
+// clang-format off
+#define FASTALEX_SLOTS_64 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FASTALEX_SLOTS_96 \
+  FASTALEX_SLOTS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+// clang-format on
+#define FASTALEX_WGMMA(T, Type, N, Columns, Slots, Sums, A, B)                                     \
+  template <>                                                                                      \
+  __device__ __forceinline__ void wgmma_m64k16<T, Columns>(                                        \
+      float (&d)[Columns][4], unsigned long long a, unsigned long long b) {                        \
+    FASTALEX_ON_SM90A(asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." Type "." Type  \
+                                   " {" Slots "}, %" A ", %" B ", 1, 1, 1, 0, 0;" : Sums : "l"(a), \
+                                   "l"(b));)                                                       \
+  }
+FASTALEX_WGMMA(__half, "f16", "128", 16, FASTALEX_SLOTS_64, FASTALEX_SUMS_64, "64", "65")
+FASTALEX_WGMMA(__half, "f16", "192", 24, FASTALEX_SLOTS_96, FASTALEX_SUMS_96, "96", "97")
+FASTALEX_WGMMA(__nv_bfloat16, "bf16", "128", 16, FASTALEX_SLOTS_64, FASTALEX_SUMS_64, "64", "65")
+FASTALEX_WGMMA(__nv_bfloat16, "bf16", "192", 24, FASTALEX_SLOTS_96, FASTALEX_SUMS_96, "96", "97")
+#undef FASTALEX_SUM
+#undef FASTALEX_SUMS
+#undef FASTALEX_SUMS_64
+#undef FASTALEX_SUMS_96
+#undef FASTALEX_SLOTS_64
+#undef FASTALEX_SLOTS_96
+#undef FASTALEX_WGMMA
+#undef FASTALEX_ON_SM90A
 
 }  // namespace fastalex
 #else

@@ -1,4 +1,5 @@
-// torch.ops.fastalex_cuda: convolution with bias and ReLU. `tf32` rounds float32 for tensor cores.
+// torch.ops.fastalex_cuda: convolution with bias and ReLU. `tf32` rounds float32 for tensor cores;
+// `wgmma` multiplies 16-bit values with Hopper's instruction, or says why it can't.
 #include <optional>
 #include <tuple>
 
@@ -8,14 +9,14 @@ namespace fastalex {
 namespace {
 
 ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                       int64_t groups, bool tf32) {
+                       int64_t groups, bool tf32, bool wgmma) {
   ConvParams p;
   for (int axis = 0; axis < 2; axis++) {
     p.stride[axis] = static_cast<int>(stride[axis]),
     p.padding[axis] = static_cast<int>(padding[axis]);
     p.dilation[axis] = static_cast<int>(dilation[axis]);
   }
-  p.groups = static_cast<int>(groups), p.tf32 = tf32, p.relu = true;
+  p.groups = static_cast<int>(groups), p.tf32 = tf32, p.relu = true, p.wgmma = wgmma;
   return p;
 }
 
@@ -54,11 +55,11 @@ Tensor gradient_like(const Tensor& t, bool wanted, bool nothing) {
 
 Tensor conv_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                    int64_t groups, bool tf32) {
+                    int64_t groups, bool tf32, bool wgmma) {
   check_conv(input, weight, groups, "conv_relu");
   if (bias) check_like(*bias, input, "conv_relu", "bias");
   const Tensor x = dense(input);
-  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32);
+  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32, wgmma);
   Tensor y =
       empty(output_sizes(x, weight, params, "conv_relu"), x.scalar_type(), x, is_channels_last(x));
   const std::optional<Tensor> b =
@@ -79,12 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, con
                                                          const Sizes& stride, const Sizes& padding,
                                                          const Sizes& dilation, int64_t groups,
                                                          const std::vector<bool>& output_mask,
-                                                         bool tf32) {
+                                                         bool tf32, bool wgmma) {
   check_conv(input, weight, groups, "conv_relu_backward");
   check_like(grad, input, "conv_relu_backward", "grad");
   check_like(output, input, "conv_relu_backward", "output");
   const Tensor x = dense(input), g = dense_as(grad, is_channels_last(output));
-  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32);
+  const ConvParams params = conv_params(stride, padding, dilation, groups, tf32, wgmma);
   const DType dtype = dtype_of(x, "conv_relu_backward");
   const bool nothing = output.numel() == 0;
   Tensor grad_x = gradient_like(x, output_mask[0], nothing);
@@ -111,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_op(const Tensor& grad, con
 
 FASTALEX_LIBRARY_FRAGMENT(FASTALEX_NAMESPACE, m) {
   m.def("conv_relu(Tensor input, Tensor weight, Tensor? bias, " FASTALEX_CONV
-        ", bool tf32) -> Tensor");
+        ", bool tf32, bool wgmma) -> Tensor");
   m.def("conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, " FASTALEX_CONV
-        ", bool[3] output_mask, bool tf32) -> (Tensor, Tensor, Tensor)");
+        ", bool[3] output_mask, bool tf32, bool wgmma) -> (Tensor, Tensor, Tensor)");
 }
 
 FASTALEX_LIBRARY_IMPL(FASTALEX_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -36,7 +36,9 @@ View filters_of(const Tensor& weight) {
           {weight.stride(0), weight.stride(1), 0, 0}};
 }
 
-ConvParams one_tap(bool relu, bool tf32) { return {{1, 1}, {0, 0}, {1, 1}, 1, tf32, relu}; }
+ConvParams one_tap(bool relu, bool tf32, bool wgmma) {
+  return {{1, 1}, {0, 0}, {1, 1}, 1, tf32, relu, wgmma};
+}
 
 Sizes with_last(const Tensor& t, int64_t last) {
   const auto sizes = t.sizes();
@@ -54,7 +56,7 @@ Tensor gradient_of(const Tensor& t, bool wanted, bool nothing) {
 }  // namespace
 
 Tensor linear_relu_op(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      bool relu, bool tf32) {
+                      bool relu, bool tf32, bool wgmma) {
   check_linear(input, weight, "linear_relu");
   if (bias) check_like(*bias, input, "linear_relu", "bias");
   const Tensor x = dense_rows(input);
@@ -65,7 +67,7 @@ Tensor linear_relu_op(const Tensor& input, const Tensor& weight, const std::opti
   const OnDevice device(x);
   launched("linear_relu", {&x, &weight}, [&] {
     const View vx = rows_of(x), vw = filters_of(weight), vy = rows_of(y);
-    const ConvParams params = one_tap(relu, tf32);
+    const ConvParams params = one_tap(relu, tf32, wgmma);
     const Tensor workspace = workspace_of(conv_relu_workspace(dtype, vx, vw, vy, params), x);
     conv_relu(dtype, vx, vw, b ? address_of(*b) : nullptr, vy, params, address_of(workspace),
               device.stream());
@@ -76,7 +78,7 @@ Tensor linear_relu_op(const Tensor& input, const Tensor& weight, const std::opti
 // Without an `output` there was no ReLU, and nothing is masked.
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_op(
     const Tensor& grad, const std::optional<Tensor>& output, const Tensor& input,
-    const Tensor& weight, const std::vector<bool>& output_mask, bool tf32) {
+    const Tensor& weight, const std::vector<bool>& output_mask, bool tf32, bool wgmma) {
   check_linear(input, weight, "linear_relu_backward");
   check_like(grad, input, "linear_relu_backward", "grad");
   if (output) check_like(*output, input, "linear_relu_backward", "output");
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_op(
                                   output_mask[1] ? filters_of(grad_weight) : View{},
                                   output_mask[2] ? address_of(grad_bias) : nullptr};
     const View vy = rows_of(y), vx = rows_of(x), vw = filters_of(weight);
-    const ConvParams params = one_tap(output.has_value(), tf32);
+    const ConvParams params = one_tap(output.has_value(), tf32, wgmma);
     const Tensor workspace =
         workspace_of(conv_relu_backward_workspace(dtype, vy, vx, vw, wanted, params), x);
     conv_relu_backward(dtype, rows_of(g), vy, vx, vw, wanted, params, address_of(workspace),
@@ -106,10 +108,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_op(
 }  // namespace fastalex
 
 FASTALEX_LIBRARY_FRAGMENT(FASTALEX_NAMESPACE, m) {
-  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias, bool relu, bool tf32) -> Tensor");
+  m.def(
+      "linear_relu(Tensor input, Tensor weight, Tensor? bias, bool relu, bool tf32, bool wgmma) -> "
+      "Tensor");
   m.def(
       "linear_relu_backward(Tensor grad, Tensor? output, Tensor input, Tensor weight, bool[3] "
-      "output_mask, bool tf32) -> (Tensor, Tensor, Tensor)");
+      "output_mask, bool tf32, bool wgmma) -> (Tensor, Tensor, Tensor)");
 }
 
 FASTALEX_LIBRARY_IMPL(FASTALEX_NAMESPACE, CompositeExplicitAutograd, m) {

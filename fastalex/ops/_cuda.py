@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastalex import _cuda_native, _cupy
+from fastalex import _cuda_native, _cupy, _tuning
+from fastalex._cuda_native import Instruction
 from fastalex.backends import Refusal
 from fastalex.ops._operator import Operator
 
@@ -17,6 +18,8 @@ DEVICE = "cuda"  # the tests' host runtime serves another
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONVOLUTIONS = ("conv_relu", "conv_relu_backward")
 _LAYERS = ("linear_relu", "linear_relu_backward")
+_PRODUCTS = _CONVOLUTIONS + _LAYERS
+_MMA_SYNC, _WGMMA = Instruction(wgmma=False), Instruction(wgmma=True)
 _MOST = 2**31 - 1  # kernels index an image, and the pixels of a convolution, in 32 bits
 
 
@@ -29,8 +32,10 @@ def float32_in_tf32(op: str) -> bool:
     return bool(told == "tf32")
 
 
-def _arguments(op: str, args: Sequence[Any]) -> tuple[Any, ...]:
-    return (*args, float32_in_tf32(op)) if op in _CONVOLUTIONS + _LAYERS else tuple(args)
+def _arguments(
+    op: str, args: Sequence[Any], instruction: Instruction = _MMA_SYNC
+) -> tuple[Any, ...]:
+    return (*args, float32_in_tf32(op), instruction.wgmma) if op in _PRODUCTS else tuple(args)
 
 
 def refuse_tensors(op: str, args: Sequence[Any]) -> str | None:
@@ -73,20 +78,78 @@ def _refuse_gpu(first: Tensor) -> str | None:
     return None if _is_fake(first) else _cuda_native.gpu_error(first.device.index)
 
 
-def _note(op: str, args: Sequence[Any]) -> str:
-    """The kernels that a call would launch."""
+def refuse_wgmma(op: str, args: Sequence[Any], backend: str) -> str | None:
+    """Why no product of a call can run on Hopper's warpgroups, or None where one can."""
+    first = args[0]
+    if first.dtype == torch.float32:
+        return "it multiplies float16 and bfloat16 alone"
+    if not _is_fake(first):
+        reason = _cuda_native.wgmma_error(first.device.index)
+        if reason is None and backend == "cuda":
+            reason = _cuda_native.wgmma_library_error()
+        if reason is not None:
+            return reason
+    if (reason := _cuda_native.planner_error()) is not None:
+        return reason
+    try:
+        launches = _cuda_native.planned(op, _arguments(op, args, _WGMMA))
+    except RuntimeError as error:  # the planner's own words
+        return str(error).removeprefix("fastalex: wgmma ")
+    if not any("WgmmaMath" in launch.kernel for launch in launches):
+        return "the gradient of the weight does not run on it"
+    return None
+
+
+def _note(op: str, args: Sequence[Any], backend: str) -> str:
+    """The kernels that a call would launch, and whether Hopper's instruction was an alternative."""
     reason = _cuda_native.planner_error()
     if reason is not None:
         return f"what it launches is not known, as {reason}"
-    launches = _cuda_native.planned(op, _arguments(op, args))
-    return ", then ".join(map(str, launches)) or "nothing to launch"
+    instruction = _tuning.options(op, backend, args).get("instruction", _MMA_SYNC)
+    launches = _cuda_native.planned(op, _arguments(op, args, instruction))
+    text = ", then ".join(map(str, launches)) or "nothing to launch"
+    if op not in _PRODUCTS:
+        return text
+    if "instruction" in _tuning.options(op, backend, args):
+        return f"{text}; {instruction} was measured faster than the other"
+    reason = refuse_wgmma(op, args, backend)
+    return f"{text}; wgmma: {reason or 'able, on compute capability 9.0, once measured faster'}"
 
 
-def _compiled(op: str) -> tuple[Callable[..., Any], Refusal]:
-    """(run, refuse) of ``op`` in the library."""
+def _configured(
+    op: str, backend: str, call: Callable[[Sequence[Any]], Any], refuse: Refusal
+) -> dict[str, Any]:
+    """The entry of a backend, for :meth:`KernelTable.add`; ``call`` takes the arguments that csrc/cuda does.
 
-    def run(*args: Any) -> Any:
-        return getattr(_cuda_native.library(), op).default(*_arguments(op, args))
+    Products are contested: they must be measured against stock torch before `auto` takes them there, and so must
+    wgmma against mma.sync.
+    """
+
+    def run(*args: Any, **options: Any) -> Any:
+        if op not in _PRODUCTS:
+            return call(args)
+        chosen = options or _tuning.options(op, backend, args)
+        return call(_arguments(op, args, chosen.get("instruction", _MMA_SYNC)))
+
+    def candidates(*args: Any) -> Mapping[str, Sequence[Any]]:
+        if refuse_wgmma(op, args, backend) is not None:
+            return {}
+        return {"instruction": (_MMA_SYNC, _WGMMA)}
+
+    return {
+        "run": run,
+        "refuse": refuse,
+        "candidates": candidates if op in _PRODUCTS else None,
+        "contested": op in _PRODUCTS,
+        "note": lambda *args: _note(op, args, backend),
+    }
+
+
+def _compiled(op: str) -> dict[str, Any]:
+    """The backend `cuda`: ``op`` in the library."""
+
+    def call(args: Sequence[Any]) -> Any:
+        return getattr(_cuda_native.library(), op).default(*args)
 
     def refuse(*args: Any) -> str | None:
         reason = refuse_tensors(op, args) or _cuda_native.library_error() or _refuse_gpu(args[0])
@@ -94,26 +157,20 @@ def _compiled(op: str) -> tuple[Callable[..., Any], Refusal]:
             reason = _cuda_native.architecture_error(args[0].device.index)
         return reason
 
-    return run, refuse
+    return _configured(op, "cuda", call, refuse)
 
 
-def _through_cupy(op: str) -> tuple[Callable[..., Any], Refusal]:
-    def run(*args: Any) -> Any:
-        return _cupy.run(op, _arguments(op, args))
+def _through_cupy(op: str) -> dict[str, Any]:
+    """The backend `cupy`: ``op`` planned, its kernels compiled by NVRTC."""
 
     def refuse(*args: Any) -> str | None:
         return refuse_tensors(op, args) or _cupy.missing() or _refuse_gpu(args[0])
 
-    return run, refuse
+    return _configured(op, "cupy", lambda args: _cupy.run(op, args), refuse)
 
 
 def add_to(*operators: Operator) -> None:
-    """Gives operators both backends. Products must be measured against stock torch before `auto` takes them there."""
+    """Gives operators both backends."""
     for operator in operators:
-        op = operator.name
-        more: dict[str, Any] = {
-            "contested": op in _CONVOLUTIONS + _LAYERS,
-            "note": lambda *args, op=op: _note(op, args),
-        }
-        operator.kernels.add("cuda", *_compiled(op), **more)
-        operator.kernels.add("cupy", *_through_cupy(op), **more)
+        operator.kernels.add("cuda", **_compiled(operator.name))
+        operator.kernels.add("cupy", **_through_cupy(operator.name))

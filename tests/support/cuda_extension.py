@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda_extension"
-ARCHITECTURE = "90"
+ARCHITECTURE = "90a"
 
 
 def unavailable() -> str | None:

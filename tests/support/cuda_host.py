@@ -137,11 +137,13 @@ class HostCuda:
         self.lib = ctypes.CDLL(str(library))
         for name in ("host_cuda_launches", "host_cuda_trace_end"):
             getattr(self.lib, name).restype = ctypes.c_char_p
-        self.tf32 = False
+        self.tf32 = self.wgmma = False
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         run = getattr(self.ops, op).default
-        return lambda *args: run(*args, self.tf32) if op.startswith("conv") else run(*args)
+        if not op.startswith("conv"):
+            return run
+        return lambda *args: run(*args, self.tf32, self.wgmma)
 
     def schedule(self, kind: str, seed: int = 1) -> None:
         self.lib.host_cuda_schedule(SCHEDULES[kind], ctypes.c_uint(seed))
@@ -172,6 +174,8 @@ def serving_cpu() -> Iterator[None]:
         (_cuda_native, "library_error", lambda: None),
         (_cuda_native, "gpu_error", lambda device: None),
         (_cuda_native, "architecture_error", lambda device: None),
+        (_cuda_native, "wgmma_error", lambda device: None),
+        (_cuda_native, "wgmma_library_error", lambda: None),
     ]
     with contextlib.ExitStack() as stack:
         for module, name, value in replaced:

@@ -1,10 +1,11 @@
-"""Writes the ledger of what nvcc makes of every CUDA kernel, for sm_90: python -m tests.support.cuda_ledger.
+"""Writes the ledger of what nvcc makes of every CUDA kernel, for sm_90a: python -m tests.support.cuda_ledger.
 
 The ledger, tests/ledger/cuda.json, is reviewed in diffs and checked by tests/test_cuda_extension.py.
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -34,20 +35,7 @@ def on_meta(shape, dtype, last: bool):
 
 def calls(dtype: torch.dtype, last: bool, tf32: bool):
     """(row of the evidence, operator, arguments) of the network."""
-    for name, (shape, outputs, kernel, stride, padding, groups) in LAYERS.items():
-        x = on_meta(shape, dtype, last)
-        weight = on_meta((outputs, shape[1] // groups, kernel, kernel), dtype, last)
-        side = (shape[2] + 2 * padding - kernel) // stride + 1
-        y = on_meta((shape[0], outputs, side, side), dtype, last)
-        geometry = ((stride, stride), (padding, padding), ONES, groups)
-        yield f"conv_relu/{name}", "conv_relu", (x, weight, None, *geometry, tf32)
-        for i, which in enumerate(("input", "weight")):
-            mask = [j == i for j in range(3)]
-            row = f"conv_relu_backward/{which}/{name}"
-            yield row, "conv_relu_backward", (y, y, x, weight, *geometry, mask, tf32)
-    for name, (inputs, outputs) in FULLY_CONNECTED.items():
-        x, weight = on_meta((128, inputs), dtype, last), on_meta((outputs, inputs), dtype, last)
-        yield f"linear_relu/{name}", "linear_relu", (x, weight, None, True, tf32)
+    yield from products(dtype, last, tf32, wgmma=False)
     x = on_meta((128, 96, 55, 55), dtype, last)
     pooled = on_meta((128, 96, 27, 27), dtype, last)
     offsets = on_meta((128, 96, 27, 27), torch.uint8, last)
@@ -63,6 +51,25 @@ def calls(dtype: torch.dtype, last: bool, tf32: bool):
     yield "lrn_max_pool_backward", "lrn_max_pool_backward", arguments
 
 
+def products(dtype: torch.dtype, last: bool, tf32: bool, wgmma: bool):
+    """The same of convolutions and layers; of Hopper's instruction, those that it can serve."""
+    for name, (shape, outputs, kernel, stride, padding, groups) in LAYERS.items():
+        x = on_meta(shape, dtype, last)
+        weight = on_meta((outputs, shape[1] // groups, kernel, kernel), dtype, last)
+        side = (shape[2] + 2 * padding - kernel) // stride + 1
+        y = on_meta((shape[0], outputs, side, side), dtype, last)
+        geometry = ((stride, stride), (padding, padding), ONES, groups)
+        if not wgmma or x.shape[1] % 8 == 0:
+            yield f"conv_relu/{name}", "conv_relu", (x, weight, None, *geometry, tf32, wgmma)
+        for i, which in enumerate(("input",) if wgmma else ("input", "weight")):
+            mask = [j == i for j in range(3)]
+            row = f"conv_relu_backward/{which}/{name}"
+            yield row, "conv_relu_backward", (y, y, x, weight, *geometry, mask, tf32, wgmma)
+    for name, (inputs, outputs) in FULLY_CONNECTED.items():
+        x, weight = on_meta((128, inputs), dtype, last), on_meta((outputs, inputs), dtype, last)
+        yield f"linear_relu/{name}", "linear_relu", (x, weight, None, True, tf32, wgmma)
+
+
 def main_launch(op: str, arguments) -> _cuda_native.Launch:
     """The launch that does the work, not its preparation."""
     side = ("pack_weight", "reduce_splits", "mask_gradient", "sum_bias")
@@ -74,13 +81,13 @@ def main_launch(op: str, arguments) -> _cuda_native.Launch:
 def shared_bytes() -> dict[str, int]:
     """{kernel: the most that a launch of the network asks for}."""
     most: dict[str, int] = {}
-    for dtype, tf32 in (
-        (torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True),
-    ):  # fmt: skip
-        for last in (True, False):
-            for _, op, arguments in calls(dtype, last, tf32):
-                for launch in _cuda_native.planned(op, arguments):
-                    most[launch.kernel] = max(most.get(launch.kernel, 0), launch.shared_bytes)
+    halves, floats = (torch.float16, torch.bfloat16), torch.float32
+    rows = [calls(dtype, last, False) for dtype in (*halves, floats) for last in (True, False)]
+    rows += [calls(floats, last, True) for last in (True, False)]
+    rows += [products(dtype, True, False, wgmma=True) for dtype in halves]
+    for _, op, arguments in itertools.chain(*rows):
+        for launch in _cuda_native.planned(op, arguments):
+            most[launch.kernel] = max(most.get(launch.kernel, 0), launch.shared_bytes)
     return most
 
 

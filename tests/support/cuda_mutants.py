@@ -21,11 +21,13 @@ class Mutant(NamedTuple):
 
 CONV, COPY, MATH = "conv_relu.cuh", "conv_copy.cuh", "conv_math.cuh"
 TILE, GRAD, PARTS = "conv_tile.cuh", "conv_weight_grad.cuh", "conv_parts.cuh"
+HOPPER = "conv_wgmma.cuh"
 LRN, WINDOW, BACK = "lrn.cuh", "lrn_window.cuh", "lrn_backward.cuh"
 POOL, POOLING, FUSED = "max_pool.cuh", "pool_window.cuh", "lrn_max_pool.cuh"
 
 UNITS = {
     **dict.fromkeys((CONV, COPY, MATH, TILE), ("conv_half",)),
+    HOPPER: ("conv_wgmma",),
     **dict.fromkeys((GRAD, PARTS), ("conv_relu",)),
     "conv_plan.h": ("conv_half", "conv_relu"),
     **dict.fromkeys((LRN, WINDOW, BACK), ("lrn",)),
@@ -48,7 +50,7 @@ MUTANTS = [
     Mutant("conv: ring's barrier missing", CONV, "  __syncthreads();  // the ring becomes", "  // the ring becomes"),
     Mutant("conv: ring one stage short", CONV, "int read = 0, write = kLead * Tile::StageBytes;", "int read = 0, write = (kLead - 1) * Tile::StageBytes;"),
     Mutant("conv: channel tail stored", CONV, "if (at >= 0 && b.first_column + column < p.channels_out)", "if (at >= 0)"),
-    Mutant("conv: pixel tail stored", CONV, "table[row] = at.inside ? element : -1;", "table[row] = element;"),
+    Mutant("conv: pixel tail stored", CONV, "table[row] = at.inside ? element : -1;", "table[row] = element;", "address"),
     Mutant("conv: bias of the wrong group", CONV, "(p.bias) + b.group * p.channels_out", "(p.bias)"),
     Mutant("conv: NaN lost by the activation", CONV, "v < 0.0f ? 0.0f : v", "!(v > 0.0f) ? 0.0f : v"),
     Mutant("conv: A fragment lanes swapped", MATH, "warp_m + lane % 16, step * kStepBytes + lane / 16 * 16", "warp_m + lane / 16 * 8 + lane % 8, step * kStepBytes + lane / 8 % 2 * 16"),
@@ -61,6 +63,16 @@ MUTANTS = [
     Mutant("conv: weight rows past the end", COPY, "k + depth < p.depth_pitch && i * RowsPerPass < rows_left", "k + depth < p.depth_pitch", "address"),
     Mutant("conv: gather reads outside the image", COPY, "        if (valid) {\n", "        if (row[pixel] >= 0) {\n"),
     Mutant("conv: transposed tap off by one", "conv_plan.h", "(a.kernel - 1 - tap) / a.period + 1", "(a.kernel - tap) / a.period + 1"),
+    Mutant("wgmma: proxy fence missing", HOPPER, "    fence_async_proxy();\n", ""),
+    Mutant("wgmma: barrier missing", HOPPER, "    __syncthreads();  // this stage", "    // this stage"),
+    Mutant("wgmma: copies' wait one too weak", HOPPER, "cp_async_wait<kLead - 1>();", "cp_async_wait<kLead>();"),
+    Mutant("wgmma: products' wait one too weak", HOPPER, "finish<1>();", "finish<2>();"),
+    Mutant("wgmma: last product not waited for", HOPPER, "  warp.template finish<0>();\n", ""),
+    Mutant("wgmma: registers' fence missing", HOPPER, "    wgmma_fence();\n", ""),
+    Mutant("wgmma: ring one stage short", HOPPER, "kLead = Tile::Stages - 2", "kLead = Tile::Stages - 1"),
+    Mutant("wgmma: distance of eight rows", HOPPER, "kEightRows = 8 * kRowBytes / 16", "kEightRows = 4 * kRowBytes / 16"),
+    Mutant("wgmma: second step of depth", HOPPER, "base + a_offset + step * kStepBytes", "base + a_offset"),
+    Mutant("wgmma: warpgroups on the same rows", HOPPER, "threadIdx.x / 128 * 64", "threadIdx.x / 256 * 64"),
     Mutant("weight gradient: stage barrier missing", GRAD, "    __syncthreads();  // this stage", "    // this stage"),
     Mutant("weight gradient: wait missing", GRAD, "    cp_async_wait<kLead - 1>();\n", ""),
     Mutant("weight gradient: pixel tail", GRAD, "pixel + row < b.last_pixel && b.first_row", "b.first_row"),

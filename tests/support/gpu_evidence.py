@@ -102,18 +102,31 @@ the bounds hold for the worst GPU, not for a good one. What the host cannot see:
 what ptxas does, the order and truncation of additions inside a tensor core, caches, latency; and CuPy's launch itself,
 whose arguments a stand-in for the driver checks.
 
-Registers spilled to memory: {cuda_spills} accesses in the {cuda_entries} kernels of the ledger, sm_90.
+Registers spilled to memory: {cuda_spills} accesses in the {cuda_entries} kernels of the ledger, sm_90a.
 
 ### What each kernel compiles to
 
-The kernel that a call launches, float16, channels_last, batch {batch}, on sm_90, in the terms of the table above.
+The kernel that a call launches, float16, channels_last, batch {batch}, on sm_90a, in the terms of the table above.
 
 {cuda_table}
 
+### Hopper's warpgroups
+
+`wgmma` is there on compute capability 9.0 alone. Where a GPU is one, the measured choice tries both instructions for
+every float16 and bfloat16 convolution, input gradient and fully connected layer that 16-byte copies serve, and keeps
+the faster: nobody has timed it, so it is never taken unmeasured. The same copies fill the same ring of stages, whose
+swizzle is the hardware's own 64-byte one; `fence.proxy.async` hands a stage over; sums stay in registers. The twin on
+the host decodes the descriptors, undoes the swizzle, keeps the sums NaN until they are waited for, and stops where an
+operand was not handed over, changes while it is multiplied, or starts off its pattern.
+
+{wgmma_table}
+
 Known to fall short:
 
-- No wgmma path: `mma.sync` is at its limit on Hopper.
-- Only sm_90's machine code is in the ledger.
+- `wgmma` does not serve TF32, whose operands it would truncate where `cvt.rna` rounds; nor conv1, whose windows come by
+  8-byte copies it could take but whose tiles are not instantiated; nor the gradient of the weight, whose operands lie
+  by pixel. Its copies are `cp.async` of every thread, not TMA of one.
+- Only sm_90a's machine code is in the ledger.
 - Channels-first convolutions and odd channel counts gather single values; conv1 is asynchronous only where its rows are
   padded to a multiple of 8 bytes (float16, bfloat16) or 16 bytes (float32), or where width x 3 is one already. Padding
   that moves a window off such a multiple (torchvision's 2 at float16) gathers as well.
@@ -190,9 +203,9 @@ def table(ledger: dict) -> str:
     return "\n".join(lines)
 
 
-def cuda_table(ledger: dict) -> str:
-    lines = ["| call | kernel | sm_90 |", "|---|---|---|"]
-    for row, op, arguments in cuda_ledger.calls(torch.float16, True, False):
+def cuda_table(ledger: dict, calls) -> str:
+    lines = ["| call | kernel | sm_90a |", "|---|---|---|"]
+    for row, op, arguments in calls:
         launch = cuda_ledger.main_launch(op, arguments)
         facts = ledger[f"{cuda_ledger.ARCH}/{launch.kernel}"]
         kernel = launch.kernel.replace("|", "")
@@ -237,7 +250,8 @@ def document() -> str:
         cuda_entries=len(cuda),
         batch=BATCH,
         table=table(triton),
-        cuda_table=cuda_table(cuda),
+        cuda_table=cuda_table(cuda, cuda_ledger.calls(torch.float16, True, False)),
+        wgmma_table=cuda_table(cuda, cuda_ledger.products(torch.float16, True, False, wgmma=True)),
         bounds=bounds(triton),
         fusion=fusion(),
     )

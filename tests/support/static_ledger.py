@@ -108,7 +108,9 @@ def library_facts(library: Path, shared: Mapping[str, int]) -> dict[str, dict]:
 
 def launch_bound(layout: str, mangled: str) -> int:
     """The most threads a block may have: __launch_bounds__."""
-    section = layout.partition(f".nv.info.{mangled}\n")[2]
+    section = layout.partition(f"\n.nv.info.{mangled}\n")[
+        2
+    ]  # not its line in the table of sections
     found = re.search(r"EIATTR_MAX_THREADS.*?\n.*?Value:\s*(0x[0-9a-f]+) ", section, re.S)
     return int(found[1], 16) if found else 1024
 

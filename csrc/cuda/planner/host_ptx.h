@@ -34,5 +34,15 @@ template <class>
 void mma_m16n8k16(float (&)[4], const unsigned (&)[4], unsigned, unsigned) {}
 inline void mma_m16n8k8_tf32(float (&)[4], const unsigned (&)[4], unsigned, unsigned) {}
 inline unsigned to_tf32(float) { return 0; }
+inline constexpr bool kHasWgmma = true;
+inline void stop_with_error() {}
+inline unsigned wgmma_address(SharedAddress tile) { return tile; }
+inline void fence_async_proxy() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int, int Columns>
+void wgmma_wait(float (&)[Columns][4]) {}
+template <class, int Columns>
+void wgmma_m64k16(float (&)[Columns][4], unsigned long long, unsigned long long) {}
 
 }  // namespace fastalex

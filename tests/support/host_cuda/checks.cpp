@@ -23,6 +23,13 @@ float draw(int i) {
   return static_cast<float>((static_cast<unsigned>(i) * 2654435761u >> 20) % 17) - 8.0f;
 }
 
+template <class T>
+union Pack16 {
+  T value;
+  unsigned short word;
+  Pack16() {}
+};
+
 // PTX ISA, fragments of mma.m16n8k16: where element i of a lane lies in A (16x16), B (16x8) and C
 // (16x8).
 int row_a(int lane, int i) { return lane / 4 + (i / 2 % 2) * 8; }
@@ -78,6 +85,77 @@ void tf32_mma_rounds_its_operands() {
   expect(to_tf32(1.0f + 0x1p-11f) == 0x3f802000u && to_tf32(-1.0f - 0x1p-11f) == 0xbf802000u,
          "to_tf32 must round ties away from zero");
   expect(to_tf32(1.0f + 0x1p-12f) == 0x3f800000u, "to_tf32 must round to nearest");
+}
+
+// The 64-byte swizzle as the PTX ISA draws it: 16-byte chunk c of row r lies at chunk c ^ (r / 2 %
+// 4).
+int swizzled_place(int row, int k) {
+  return row * 32 + (k / 8 ^ row / 2 % 4) * 8 + k % 8;  // in values
+}
+// By hand: address / 16, a leading distance of 1, 512 / 16 from eight rows to the next, swizzle 2.
+unsigned long long descriptor(int byte) {
+  return static_cast<unsigned long long>(byte / 16) | 0x8000002000010000ull;
+}
+
+template <class T>
+void wgmma_is_a_matrix_product() {
+  static float a[64][32], b[128][32], d[64][128];
+  for (int i = 0; i < 64 * 32; i++) a[i / 32][i % 32] = draw(i);
+  for (int i = 0; i < 128 * 32; i++) b[i / 32][i % 32] = draw(5000 + i);
+  run(128, (64 + 128) * 64, [] {
+    auto values = reinterpret_cast<T*>(dynamic_shared());
+    const auto put = [&](int place, float value) {
+      Pack16<T> one;
+      one.value = T(value);
+      store_shared(reinterpret_cast<unsigned short*>(values + place), one.word);
+    };
+    for (int i = threadIdx.x; i < 64 * 32; i += 128)
+      put(swizzled_place(i / 32, i % 32), a[i / 32][i % 32]);
+    for (int i = threadIdx.x; i < 128 * 32; i += 128)
+      put(64 * 32 + swizzled_place(i / 32, i % 32), b[i / 32][i % 32]);
+    fence_async_proxy();
+    __syncthreads();
+    float sum[16][4];
+    for (auto& four : sum)
+      for (float& one : four) one = 1.0f;
+    wgmma_fence();
+    for (int step = 0; step < 2; step++)
+      wgmma_m64k16<T>(sum, descriptor(step * 32), descriptor(64 * 64 + step * 32));
+    wgmma_commit();
+    if (sum[3][1] == sum[3][1]) host_cuda::fail("sums of a running wgmma must read as NaN");
+    wgmma_wait<0>(sum);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int c = 0; c < 16; c++)
+      for (int e = 0; e < 4; e++)
+        d[warp * 16 + row_c(lane, e)][c * 8 + column_c(lane, e)] = sum[c][e] - 1.0f;
+  });
+  for (int r = 0; r < 64; r++)
+    for (int c = 0; c < 128; c++) {
+      float sum = 0;
+      for (int k = 0; k < 32; k++) sum += a[r][k] * b[c][k];
+      expect(d[r][c] == sum, "wgmma differs from a matrix product");
+    }
+}
+
+// A warpgroup that breaks one rule: an operand not handed over, or changed too early, no fence, no
+// wait, a descriptor off its pattern.
+enum class Broken { proxy, operand, fence, wait, pattern };
+template <Broken Rule>
+void misuse_wgmma() {
+  run(128, (64 + 128) * 64, [] {
+    auto words = reinterpret_cast<unsigned*>(dynamic_shared());
+    for (int i = threadIdx.x; i < (64 + 128) * 16; i += 128) store_shared(words + i, 0u);
+    if (Rule != Broken::proxy) fence_async_proxy();
+    __syncthreads();
+    float sum[16][4] = {};
+    if (Rule != Broken::fence) wgmma_fence();
+    wgmma_m64k16<__half>(sum, descriptor(Rule == Broken::pattern ? 128 : 0), descriptor(64 * 64));
+    wgmma_commit();
+    __syncthreads();
+    if (Rule == Broken::operand) store_shared(words + threadIdx.x, 1u);
+    __syncthreads();
+    if (Rule != Broken::wait) wgmma_wait<0>(sum);
+  });
 }
 
 void ldmatrix_hands_out_rows_and_columns() {
@@ -174,6 +252,8 @@ const std::map<std::string, std::function<void()>> checks = {
     {"mma float16", mma_is_a_matrix_product<__half>},
     {"mma bfloat16", mma_is_a_matrix_product<__nv_bfloat16>},
     {"mma tf32", tf32_mma_rounds_its_operands},
+    {"wgmma float16", wgmma_is_a_matrix_product<__half>},
+    {"wgmma bfloat16", wgmma_is_a_matrix_product<__nv_bfloat16>},
     {"ldmatrix", ldmatrix_hands_out_rows_and_columns},
     {"cp.async", copies_land_at_their_wait},
     {"barriers", barriers_order_threads},
@@ -207,6 +287,11 @@ const std::map<std::string, std::function<void()>> checks = {
          mma_m16n8k8_tf32(d, a, 0, 0);
        });
      }},
+    {"misuse: wgmma before a proxy fence", misuse_wgmma<Broken::proxy>},
+    {"misuse: wgmma operand overwritten", misuse_wgmma<Broken::operand>},
+    {"misuse: wgmma without its fence", misuse_wgmma<Broken::fence>},
+    {"misuse: wgmma never waited for", misuse_wgmma<Broken::wait>},
+    {"misuse: wgmma operand off its pattern", misuse_wgmma<Broken::pattern>},
     {"misuse: threads at different barriers",
      [] { run(64, 0, [] { threadIdx.x < 16 ? __syncthreads() : __syncwarp(); }); }},
     {"misuse: store past shared memory",

@@ -40,6 +40,25 @@ inline bool in_shared(const void* pointer, size_t bytes) {
   return p >= s.shared && p + bytes <= s.shared + s.shared_bytes;
 }
 
+// Who wrote each 16 bytes of shared memory, and how many writes ago: fence_async_proxy hands over
+// what its thread wrote before it.
+struct SharedWrite {
+  unsigned short thread;
+  unsigned long count;
+};
+inline SharedWrite shared_writes[host_cuda::kMaxSharedBytes / 16];
+inline unsigned long writes_of[host_cuda::kMaxThreads], fenced_writes[host_cuda::kMaxThreads];
+
+inline void wrote_shared(const void* pointer) {
+  const unsigned me = host_cuda::state.current->linear;
+  const size_t place = (static_cast<const char*>(pointer) - host_cuda::state.shared) / 16;
+  shared_writes[place] = {static_cast<unsigned short>(me), ++writes_of[me]};
+}
+inline bool is_handed_over(size_t offset) {
+  const SharedWrite& write = shared_writes[offset / 16];
+  return write.count <= fenced_writes[write.thread];
+}
+
 }  // namespace twin
 
 template <class Word>
@@ -65,6 +84,7 @@ template <class Word>
 HOST_CUDA_TWIN void store_shared(Word* pointer, Word word) {
   twin::check_aligned(pointer, sizeof(Word), "a shared store");
   if (!twin::in_shared(pointer, sizeof(Word))) host_cuda::fail("a shared store is out of range");
+  twin::wrote_shared(pointer);
   HOST_CUDA_NOTE(pointer, sizeof(Word), true);
   *pointer = word;
 }
@@ -211,25 +231,12 @@ class Untraced {
   bool was_;
 };
 
-inline void forget_copies() {
-  for (CopyQueue& queue : copy_queues) queue = {};
-}
-inline void check_copies_landed() {
-  Untraced untraced;
-  if (!my_copies().copies.empty())
-    host_cuda::fail("a thread exits with cp.async copies it never waited for");
-  my_copies().groups.clear();
-}
-inline const bool hooks_installed = [] {
-  host_cuda::thread_exit_hook = check_copies_landed;
-  host_cuda::abandon_hook = forget_copies;
-  return true;
-}();
-
 inline void land(CopyQueue& queue, size_t count) {
-  for (size_t i = 0; i < count; i++)
+  for (size_t i = 0; i < count; i++) {
+    wrote_shared(queue.copies[i].destination);
     for (int w = 0; w < queue.copies[i].bytes / 4; w++)
       reinterpret_cast<uint32_t*>(queue.copies[i].destination)[w] = queue.copies[i].words[w];
+  }
   queue.copies.erase(queue.copies.begin(), queue.copies.begin() + count);
 }
 
@@ -294,3 +301,5 @@ inline unsigned to_tf32(float x) {
 }
 
 }  // namespace fastalex
+
+#include "host_wgmma.h"
