@@ -18,6 +18,9 @@
 #define HOST_CUDA_NOTE(address, bytes, write)
 #endif
 
+// The twins' own books are kept by whichever thread runs, and are neither traced nor raced for.
+#define HOST_CUDA_BOOKS __attribute__((noinline, no_sanitize("thread")))
+
 namespace fastalex {
 
 using SharedAddress = char*;
@@ -49,12 +52,12 @@ struct SharedWrite {
 inline SharedWrite shared_writes[host_cuda::kMaxSharedBytes / 16];
 inline unsigned long writes_of[host_cuda::kMaxThreads], fenced_writes[host_cuda::kMaxThreads];
 
-inline void wrote_shared(const void* pointer) {
+HOST_CUDA_BOOKS inline void wrote_shared(const void* pointer) {
   const unsigned me = host_cuda::state.current->linear;
   const size_t place = (static_cast<const char*>(pointer) - host_cuda::state.shared) / 16;
   shared_writes[place] = {static_cast<unsigned short>(me), ++writes_of[me]};
 }
-inline bool is_handed_over(size_t offset) {
+HOST_CUDA_BOOKS inline bool is_handed_over(size_t offset) {
   const SharedWrite& write = shared_writes[offset / 16];
   return write.count <= fenced_writes[write.thread];
 }
@@ -224,8 +227,10 @@ inline CopyQueue& my_copies() { return copy_queues[host_cuda::state.current->lin
 // State kept outside the kernel is not the kernel's memory traffic.
 class Untraced {
  public:
-  Untraced() : was_(host_cuda::state.in_kernel) { host_cuda::state.in_kernel = false; }
-  ~Untraced() { host_cuda::state.in_kernel = was_; }
+  HOST_CUDA_BOOKS Untraced() : was_(host_cuda::state.in_kernel) {
+    host_cuda::state.in_kernel = false;
+  }
+  HOST_CUDA_BOOKS ~Untraced() { host_cuda::state.in_kernel = was_; }
 
  private:
   bool was_;

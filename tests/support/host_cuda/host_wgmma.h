@@ -143,9 +143,8 @@ inline void check_all_landed() {
   if (!my_copies().copies.empty())
     host_cuda::fail("a thread exits with cp.async copies it never waited for");
   my_copies().groups.clear();
-  WgmmaQueue& queue = wgmma_queue(host_cuda::state.current);
-  if (!queue.sums.empty()) host_cuda::fail("a thread exits with a wgmma it never waited for");
-  queue = {};
+  if (!wgmma_queue(host_cuda::state.current).sums.empty())
+    host_cuda::fail("a thread exits with a wgmma it never waited for");
 }
 inline void forget_all() {
   for (CopyQueue& queue : copy_queues) queue = {};
@@ -159,7 +158,7 @@ inline const bool hooks_installed = [] {
 
 }  // namespace twin
 
-inline void fence_async_proxy() {
+HOST_CUDA_BOOKS inline void fence_async_proxy() {
   const unsigned me = host_cuda::state.current->linear;
   twin::fenced_writes[me] = twin::writes_of[me];
 }
