@@ -87,6 +87,7 @@ CONV_FORWARD = {
         ConvTile(64, 128, 0, 32, 8, 4),
         ConvTile(128, 64, 0, 32, 4, 3),
         ConvTile(64, 64, 0, 32, 4, 3),
+        ConvTile(128, 32, 16, 32, 4, 3),
         ConvTile(64, 32, 0, 32, 4, 3),
         ConvTile(64, 16, 0, 32, 4, 3),
     ),

@@ -48,29 +48,10 @@ def weights(w, o, c, CONV: tl.constexpr, WS: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(
-    acc,
-    x,
-    gx,
-    image,
-    h,
-    v,
-    c,
-    group,
-    m_ok,
-    XS: tl.constexpr,
-    DS: tl.constexpr,
-    CONV: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """A [BM, BN] tile of gx. MASK: x is a ReLU's output, so the gradient stops where x <= 0."""
+def store_gradient(acc, gx, image, h, v, c, group, m_ok, DS: tl.constexpr, CONV: tl.constexpr):
+    """A [BM, BN] tile of gx."""
     ok = m_ok[:, None] & (c < CONV.inputs)[None, :]
     channel = group * CONV.inputs + c
-    if MASK:
-        at = (image * XS.image + h * XS.row + v * XS.column)[:, None] + (channel * XS.channel)[
-            None, :
-        ]
-        acc = tl.where(widen(tl.load(x + at, mask=ok, other=0.0)) <= 0, 0.0, acc)
     at = (image * DS.image + h * DS.row + v * DS.column)[:, None] + (channel * DS.channel)[None, :]
     tl.store(gx + at, narrow(acc, gx.dtype.element_ty), mask=ok)
 
@@ -79,15 +60,12 @@ def store_gradient(
 def conv_input_gradient(
     dz,
     w,
-    x,
     gx,
     batch,
     ZS: tl.constexpr,
     WS: tl.constexpr,
-    XS: tl.constexpr,
     DS: tl.constexpr,
     CONV: tl.constexpr,
-    MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BM: tl.constexpr,
@@ -169,6 +147,6 @@ def conv_input_gradient(
         acc = mma(a, weights(tap, o, c, CONV, WS, BK), acc, PRECISION)
         if BN2 > 0:
             acc2 = mma(a, weights(tap, o, c2, CONV, WS, BK), acc2, PRECISION)
-    store_gradient(acc, x, gx, image, h, v, c, group, m_ok, XS, DS, CONV, MASK)
+    store_gradient(acc, gx, image, h, v, c, group, m_ok, DS, CONV)
     if BN2 > 0:
-        store_gradient(acc2, x, gx, image, h, v, c2, group, m_ok, XS, DS, CONV, MASK)
+        store_gradient(acc2, gx, image, h, v, c2, group, m_ok, DS, CONV)

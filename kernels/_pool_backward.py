@@ -67,7 +67,6 @@ def write_gradient(
     XS: tl.constexpr,
     DS: tl.constexpr,
     NORM: tl.constexpr,
-    RELU: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """Stores a pixel's gradient, sent back through LRN where there is one."""
@@ -79,7 +78,7 @@ def write_gradient(
     else:
         REACH: tl.constexpr = NORM.left + NORM.right
         v = load_span(x, at_x, c, ok, REACH, REACH, NORM.group, XS.channel, VEC)
-        store_tile(gx, at_gx, input_gradient(v, grads, c, NORM, VEC, RELU), ok, DS.channel)
+        store_tile(gx, at_gx, input_gradient(v, grads, c, NORM, VEC), ok, DS.channel)
 
 
 @triton.jit(do_not_specialize=["lanes"])
@@ -96,7 +95,6 @@ def pool_backward(
     CHANNELS: tl.constexpr,
     POOL: tl.constexpr,
     NORM: tl.constexpr,
-    RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     VEC: tl.constexpr,
@@ -173,7 +171,6 @@ def pool_backward(
                     XS,
                     DS,
                     NORM,
-                    RELU,
                     VEC,
                 )
     else:
@@ -217,6 +214,5 @@ def pool_backward(
             XS,
             DS,
             NORM,
-            RELU,
             VEC,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ._configs import ConvTile
 from ._conv import Conv, packed_products
+from ._conv_image_gradient import block_convolution, by_blocks
 
 
 def padded(n: int, block: int) -> int:
@@ -20,13 +21,20 @@ def needed(conv: Conv, batch: int) -> int:
 
 
 def forward(conv: Conv, scheme: str, tile: ConvTile, batch: int) -> float:
+    return forward_work(conv, scheme, tile, batch) / needed(conv, batch) - 1
+
+
+def forward_work(conv: Conv, scheme: str, tile: ConvTile, batch: int) -> int:
     m = padded(batch * conv.out_pixels, tile.m)
     n = padded(conv.outputs, tile.n + tile.n2)
-    return m * n * packed_products(conv, scheme, tile.k)[1] / needed(conv, batch) - 1
+    return m * n * packed_products(conv, scheme, tile.k)[1]
 
 
 def input_gradient(conv: Conv, tile: ConvTile, batch: int) -> float:
-    """Over all phases: a stride of 4 makes 16 of them, each with its own taps."""
+    """Over all phases: a stride of 4 makes 16 of them, each with its own taps. Few channels go by blocks."""
+    if by_blocks(conv):
+        work = forward_work(block_convolution(conv), "flat", tile, batch)
+        return work / needed(conv, batch) - 1
     m = padded(batch * -(-conv.rows // conv.sh) * -(-conv.columns // conv.sw), tile.m)
     n = padded(conv.inputs, tile.n + tile.n2)
     down = phase_taps(conv.sh, conv.ph, conv.dh, conv.r)

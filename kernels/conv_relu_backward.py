@@ -22,16 +22,16 @@ its own: g is the gradient of y, which a hook or autograd.grad may ask for. Only
 keeps y to itself could.
 
 Padding of the products at batch 128, per cent of gx and of gw: conv2 0 and 6.7, conv3 0 and 0, conv4 0
-and 0, conv5 0 and 3.7, conv1 473 (3 channels in tiles of 16, which training never asks for) and 5.8
-(eleven rows of 33 values, 34 apart). For conv2's 1200 products, tiles half as wide waste 1.3 % and
+and 0, conv5 0 and 3.7, conv1 28 (_conv_image_gradient.py; training never asks for it) and 5.8 (eleven
+rows of 33 values, 34 apart). For conv2's 1200 products, tiles half as wide waste 1.3 % and
 issue 10 % more instructions an output pixel (767 of a warp for 695, sm_90). sm_8x lacks the registers
 for a tile of 96 outputs: there conv1 wastes 41 % and conv4 38 %, which issue less than any tile that
 wastes less.
 
 A stride is taken by phases: the input pixels of one phase see the same kernel taps, and are a
-convolution of stride 1. The weight gradient's pixels are split in parts that the shape alone decides,
-each a float32 sum of its own that sum_parts adds in order: the same bits every run. A single part is the
-gradient itself, written once.
+convolution of stride 1; few channels by blocks (_conv_image_gradient.py). The weight gradient's pixels
+are split in parts that the shape alone decides, each a float32 sum of its own that sum_parts adds in
+order: the same bits every run. A single part is the gradient itself, written once.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from ._configs import (
     weight_gradient_tiles,
 )
 from ._conv import Conv, float32_precision, geometry, refuse_conv
+from ._conv_image_gradient import block_tiles, by_blocks, run_image_gradient
 from ._conv_input_gradient import conv_input_gradient, mask_gradient
 from ._conv_weight_gradient import conv_weight_gradient, sum_parts
 from ._refuse import refuse_four_axes, refuse_tensors
@@ -98,7 +99,10 @@ def candidates_conv_relu_backward(
     last, arch = layout.is_channels_last(x), architecture(x.device)
     found = {}
     if output_mask[0]:
-        found["input_tile"] = input_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
+        if by_blocks(conv):
+            found["input_tile"] = block_tiles(conv, last, batch, x.dtype, precision)
+        else:
+            found["input_tile"] = input_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
     if output_mask[1]:
         found["weight_tile"] = weight_gradient_tiles(conv, last, batch, x.dtype, precision, arch)
     return found
@@ -117,15 +121,13 @@ def conv_relu_backward(
     output_mask,
     *,
     grad_is_masked: bool = False,
-    mask_grad_input: bool = False,
     precision: str | None = None,
     input_tile: ConvTile | None = None,
     weight_tile: ConvTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_weight, grad_bias), each of size 0 where output_mask doesn't ask for it.
 
-    grad_is_masked: grad is zero wherever output is. mask_grad_input: input is itself a ReLU's
-    output, and the gradient wanted is that of the ReLU's input.
+    grad_is_masked: grad is zero wherever output is.
     """
     x = layout.readable(input)
     last = layout.is_channels_last(x)
@@ -142,9 +144,8 @@ def conv_relu_backward(
     if output_mask[0]:
         gx = layout.empty(x, tuple(x.shape), last)
         if gx.numel():
-            run_input_gradient(
-                dz, weight, x, gx, conv, last, mask_grad_input, precision, input_tile
-            )
+            run = run_image_gradient if by_blocks(conv) else run_input_gradient
+            run(dz, weight, gx, conv, last, precision, input_tile)
     if output_mask[1]:
         gw = empty_in_layout(weight, weight.shape)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
@@ -168,32 +169,27 @@ def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
 def run_input_gradient(
     dz: Tensor,
     w: Tensor,
-    x: Tensor,
     gx: Tensor,
     conv: Conv,
     last: bool,
-    mask: bool,
     precision: str,
     tile: ConvTile | None,
 ) -> None:
-    arch = architecture(x.device)
+    arch = architecture(gx.device)
     tile = tile or input_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision, arch)[0]
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
     conv_input_gradient[triton.cdiv(pixels, tile.m) * columns, conv.sh * conv.sw](
         dz,
         w,
-        x,
         gx,
         dz.shape[0],
         layout.strides(dz),
         layout.strides(w),
-        layout.strides(x),
         layout.strides(gx),
         conv,
-        mask,
         precision,
-        layout.needs_wide(dz, x, gx),
+        layout.needs_wide(dz, gx),
         tile.m,
         tile.n,
         tile.n2,

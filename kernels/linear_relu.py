@@ -142,7 +142,7 @@ def linear_relu_backward(
         gx = input.new_empty(input.shape)
         if gx.numel():
             out = as_pixels(gx.view(-1, conv.inputs))
-            run_input_gradient(dz, w, x, out, conv, True, False, precision, input_tile)
+            run_input_gradient(dz, w, out, conv, True, precision, input_tile)
     if output_mask[1]:
         gw = weight.new_empty(weight.shape)
         gb = weight.new_empty(conv.outputs if output_mask[2] else 0)

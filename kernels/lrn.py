@@ -111,11 +111,9 @@ def normalised(x, at, c, ok, NORM: tl.constexpr, STEP: tl.constexpr, VEC: tl.con
 
 
 @triton.jit
-def input_gradient(v, g, c, NORM: tl.constexpr, VEC: tl.constexpr, RELU: tl.constexpr):
+def input_gradient(v, g, c, NORM: tl.constexpr, VEC: tl.constexpr):
     """[P, VEC] of gx from x, left + right channels beyond each side, and g, right before and left
     after.
-
-    RELU: x is itself a ReLU's output, so go back through that too (a NaN passes, as in torch).
     """
     REACH: tl.constexpr = NORM.left + NORM.right
     s = [NORM.k + NORM.scale * a for a in window_sums([a * a for a in v], NORM.window)]
@@ -132,8 +130,6 @@ def input_gradient(v, g, c, NORM: tl.constexpr, VEC: tl.constexpr, RELU: tl.cons
     for i in tl.static_range(VEC):
         own = v[i + REACH]
         value = g[i + NORM.right] * u[i + NORM.right] - (2 * NORM.scale * NORM.beta) * own * sums[i]
-        if RELU:
-            value = tl.where(own <= 0, 0.0, value)
         d = d + (value,)
     return pack(d)
 
@@ -220,7 +216,7 @@ def lrn_input_gradient(
     REACH: tl.constexpr = NORM.left + NORM.right
     v = load_span(x, at_x, c, ok, REACH, REACH, NORM.group, XS.channel, VEC)
     grads = load_span(g, at_g, c, ok, NORM.right, NORM.left, NORM.group, GS.channel, VEC)
-    tile = input_gradient(v, grads, c, NORM, VEC, False)
+    tile = input_gradient(v, grads, c, NORM, VEC)
     store_tile(gx, offset(image, channel, row, column, DS, VEC), tile, ok, DS.channel)
 
 

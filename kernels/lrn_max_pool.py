@@ -136,16 +136,12 @@ def lrn_max_pool_backward(
     stride,
     padding,
     *,
-    relu: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
-    """The gradient of input. relu: input is a ReLU's output, so go back through that too, at no
-    cost.
-    """
+    """The gradient of input."""
     norm = normalisation(input.shape[1], size, scale, beta, k, groups)
     if norm.window > WIDEST_WINDOW:
         g = max_pool_backward(grad, offsets, input.shape[2:], kernel_size, stride, padding, (1, 1))
-        gx = lrn_backward(g, input, size, scale, beta, k, groups)
-        return gx.masked_fill_(input <= 0, 0) if relu else gx
+        return lrn_backward(g, input, size, scale, beta, k, groups)
     pool = Pool(*input.shape[2:], *grad.shape[2:], *kernel_size, *stride, *padding, 1, 1)
-    return run_backward(grad, offsets, layout.readable(input), pool, norm, relu, launch)
+    return run_backward(grad, offsets, layout.readable(input), pool, norm, launch)

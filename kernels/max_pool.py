@@ -172,7 +172,7 @@ def max_pool_backward(
     """The gradient of max_pool's input, of size input_size, in the layout of the saved offsets."""
     out = tuple(grad.shape[2:])
     pool = Pool(*input_size, *out, *kernel_size, *stride, *padding, *dilation)
-    return run_backward(grad, offsets, None, pool, None, False, launch)
+    return run_backward(grad, offsets, None, pool, None, launch)
 
 
 def run_backward(
@@ -181,7 +181,6 @@ def run_backward(
     input: Tensor | None,
     pool: Pool,
     norm,
-    relu: bool,
     launch: Launch | None,
 ) -> Tensor:
     taps = layout.readable(offsets)
@@ -211,7 +210,6 @@ def run_backward(
             channels,
             pool,
             norm,
-            relu,
             last,
             layout.needs_wide(g, taps, x, gx),
             vec,

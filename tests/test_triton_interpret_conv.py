@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from tests.support import triton_oracle as oracle
 from tests.support.triton_inputs import LAYOUTS, like, placed, random
+from tests.support.triton_tables import BLOCK_CASES, LINEAR_CASES
 from tests.support.triton_tables import CONV_CASES as CASES
-from tests.support.triton_tables import LINEAR_CASES
 from tests.support.triton_tolerance import assert_within
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 
 from fastalex.kernels import _configs as configs
 from fastalex.kernels._conv import forward_scheme, geometry
+from fastalex.kernels._conv_image_gradient import by_blocks
 from fastalex.kernels._layout import strides
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
@@ -168,6 +169,15 @@ def test_backward(case, layout, dtype):
     check_backward(x, weight, *case[3:7], **tiles)
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
+def test_the_gradient_of_few_channels_goes_by_blocks(case, layout, dtype):
+    x, weight, _ = tensors(case, dtype, layout)
+    assert by_blocks(geometry(x.shape[2:], weight, *case[3:7]))
+    check_backward(x, weight, *case[3:7])
+
+
 @pytest.mark.parametrize("layout", ["nhwc-slice", "nhwc-pitch", "nchw-pitch"])
 def test_backward_reads_every_layout_in_place(layout):
     case = CASES[3]
@@ -231,20 +241,6 @@ def test_a_first_layers_weight_gradient_masks_at_load(case, dtype, layout):
         found = conv_relu_backward(grad, y, x, weight, *case[3:7], wanted)
         given = conv_relu_backward(dz, y, x, weight, *case[3:7], wanted, grad_is_masked=True)
         assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
-
-
-def test_masks_move_to_the_kernel_that_makes_the_gradient():
-    """grad_is_masked and mask_grad_input together equal the mask pass of the layer below."""
-    case = CASES[3]
-    x, weight, _ = tensors(case, F16, "nhwc")
-    x = x.relu()
-    grad, y, found = check_backward(x, weight, *case[3:7])
-    dz = torch.ops.aten.threshold_backward(grad, y, 0)
-    masked = conv_relu_backward(
-        dz, y, x, weight, *case[3:7], ALL, grad_is_masked=True, mask_grad_input=True
-    )
-    assert torch.equal(masked[0], torch.where(x <= 0, 0, found[0]).to(F16))
-    assert torch.equal(masked[1], found[1])
 
 
 def test_ieee_gradients():

@@ -125,7 +125,9 @@ def test_offsets_are_64_bit_where_a_tensor_needs_them_and_only_there(on_any_devi
         ),
         "pool_backward": lambda x: lrn_max_pool_backward(pooled, x, taps, *norm, *window),
         "conv_relu_forward": lambda x: conv_relu(x, w, None, ONE, ONE, ONE, 1),
-        "conv_input_gradient": lambda x: conv_relu_backward(y, y, x, w, ONE, ONE, ONE, 1, ALL),
+        "conv_input_gradient": lambda x: conv_relu_backward(
+            x, x, y, w, ONE, ONE, ONE, 1, ALL, grad_is_masked=True
+        ),
         "conv_weight_gradient": lambda x: conv_relu_backward(y, y, x, w, ONE, ONE, ONE, 1, ALL),
     }
     for kernel, call in calls.items():

@@ -38,7 +38,7 @@ strided views 2^31 elements apart in the interpreter | |
 | launches: 8 forward (stock 27 and more), 21 backward (stock 44 and more; on sm_8x 22) for the paper's network at \
 batch 32, but for one that reorders conv1's weight | launches recorded; stock's ATen calls counted | |
 | under 6 % of the matrix work is padding, forward at batch 32 and more and in training at 128, but for what the \
-docstrings count | computed from the tiles | |
+docstrings count and "known to fall short" repeats | computed from the tiles | |
 | a first layer's weight gradient masks what it loads: one map more read, no pass | bytes counted in the interpreter | |
 | LRN, pooling and the pair move at most 1.05 times the compulsory bytes | sectors counted in the \
 interpreter, over the grid | that caches keep what a program rereads |
@@ -63,8 +63,7 @@ Known to fall short:
   rows have 227 pixels rather than 228 makes all its pixel loads so.
 - TF32 on sm_90 and newer wants both operands K-major: the gradients' transposed operand is copied
   4 bytes at a time.
-- The strided input gradient of a 3-channel input pads its 3 channels to 16: 81 % of its matrix work
-  is waste. Training never asks for it; a gradient with respect to images does.
+- The gradient of images (conv1's input) pads 28 % of its matrix work: 11 taps by strides of 4.
 - conv2's weight gradient pads 6.7 % of its matrix work, and conv1's and conv4's on sm_8x 41 % and 38 %: the tiles that
   pad less issue more instructions (`kernels/conv_relu_backward.py` has the counts).
 - The ReLU mask is a pass of its own, three maps moved, for every convolution but a first one; the same file counts why.

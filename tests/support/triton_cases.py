@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastalex.kernels import _configs as configs
-from fastalex.kernels._conv import forward_scheme, geometry
+from fastalex.kernels._conv import Conv, forward_scheme, geometry
+from fastalex.kernels._conv_image_gradient import block_convolution, block_tiles, by_blocks
 from fastalex.kernels._layout import strides
 from fastalex.kernels.augment import augment
 from fastalex.kernels.conv_relu import conv_relu
@@ -131,7 +132,7 @@ def pointwise_cases(dtype_name: str, last: bool, every: bool) -> Iterator[Case]:
         ("backward", last, True),
         "lrn_max_pool_backward",
         "pool_backward",
-        lambda t: lrn_max_pool_backward(pooled, x, taps, *LRN, *POOL, relu=True, launch=t),
+        lambda t: lrn_max_pool_backward(pooled, x, taps, *LRN, *POOL, launch=t),
     )
 
 
@@ -164,13 +165,10 @@ def backward_cases(
     y = meta((BATCH, weight.shape[0], conv.out_rows, conv.out_columns), x.dtype, last)
     where = f"{name}/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}"
     found = {
-        "input": configs.input_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
+        "input": gradient_tiles(conv, last, x.dtype, precision, arch, every),
         "weight": configs.weight_gradient_tiles(conv, last, BATCH, x.dtype, precision, arch),
     }
     if every:
-        found["input"] += [
-            t for t in configs.CONV_INPUT_GRADIENT[last] if configs.fits(t, conv.inputs)
-        ]
         found["weight"] += [
             replace(t, split=configs.weight_gradient_split(t, conv, BATCH))
             for t in configs.weight_gradient_table(last, arch)
@@ -185,7 +183,9 @@ def backward_cases(
         for i, tile in enumerate(tiles if every else tiles[:1]):
             yield Case(
                 f"conv_relu_backward/{which}/{where}/{describe(tile)}",
-                f"conv_{side}_gradient",
+                "conv_relu_forward"
+                if side == "input" and by_blocks(conv)
+                else f"conv_{side}_gradient",
                 lambda tile=tile, side=side, which=which, wanted=wanted: conv_relu_backward(
                     y,
                     y,
@@ -199,6 +199,28 @@ def backward_cases(
                 ),
                 quick=i == 0 and dtype_name == "fp16" and last and name == "conv3",
             )
+
+
+def gradient_tiles(
+    conv: Conv, last: bool, dtype: torch.dtype, precision: str, arch: str, every: bool
+) -> list[configs.ConvTile]:
+    """Of the input gradient: those a layer can choose from, and with `every` all others of its table."""
+    if by_blocks(conv):
+        inner = block_convolution(conv)
+        scheme = "flat" if last else "planes"
+        found, table = (
+            block_tiles(conv, last, BATCH, dtype, precision),
+            configs.CONV_FORWARD[scheme],
+        )
+        rest = [
+            configs.with_split(t, inner, scheme, BATCH)
+            for t in table
+            if configs.fits(t, inner.outputs)
+        ]
+    else:
+        found = configs.input_gradient_tiles(conv, last, BATCH, dtype, precision, arch)
+        rest = list(configs.CONV_INPUT_GRADIENT[last])
+    return found + rest if every else found
 
 
 def label(dtype_name: str, precision: str) -> str:
@@ -258,10 +280,21 @@ def cases(arch: str) -> list[Case]:
         gradients = name in ("conv1", "conv3")
         found += backward_cases(arch, name, "fp16", last, "tf32", every=gradients)
     found += linear_cases("fp16", BATCH)
-    found += augment_cases()
+    found += [*augment_cases(), placing_case()]
     if not arch.startswith("gfx"):
         found += first_choices(arch)
     return list({case.name: case for case in found}.values())
+
+
+def placing_case() -> Case:
+    """What puts the gradient of images in its place, beside the convolution that makes it."""
+    x, weight, _, *rest = layer("conv1", BATCH, DTYPES["fp16"], True)
+    y = meta((BATCH, 96, 55, 55), x.dtype, True)
+    return Case(
+        "place_blocks/conv1/fp16/nhwc",
+        "place_blocks",
+        lambda: conv_relu_backward(y, y, x, weight, *rest, (True, False, False)),
+    )
 
 
 def first_choices(arch: str) -> Iterator[Case]:

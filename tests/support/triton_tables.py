@@ -103,6 +103,14 @@ CONV_CASES = [
     ((1, 128, 7, 6), 20, (3, 2), (2, 1), (1, 0), (2, 3), 2, "taps"),
 ]
 
+# as above: convolutions whose input gradient goes by blocks of pixels
+BLOCK_CASES = [
+    ((2, 3, 10, 13), 8, (3, 5), (2, 3), (1, 2), ONE, 1, "flat"),  # padded, blocks cut by the edge
+    ((1, 8, 7, 9), 64, (1, 2), (2, 2), (0, 0), ONE, 1, "flat"),  # pixels that no window reaches
+    ((1, 2, 12, 8), 5, (2, 3), (5, 1), (0, 1), ONE, 1, "flat"),  # whole blocks that none reaches
+    ((1, 2, 3, 40), 4, (1, 16), (1, 2), (0, 3), ONE, 1, "flat"),  # walked in kernel rows
+]
+
 LINEAR_CASES = [  # rows, inputs, outputs
     ((2, 3), 128, 24),  # "taps"; a partial tile of rows and of outputs
     ((70,), 37, 20),  # "flat", unaligned; more than one tile of rows
