@@ -107,6 +107,14 @@ CONV_FORWARD = {
         ConvTile(64, 16, 0, 32, 4, 3),
     ),
 }
+# with a max-pool behind: m pixels are a patch of the map
+CONV_POOL = (
+    ConvTile(256, 64, 32, 32, 8, 3),
+    ConvTile(256, 64, 0, 32, 8, 3),
+    ConvTile(128, 64, 32, 32, 8, 3),
+    ConvTile(128, 64, 0, 32, 8, 3),
+    ConvTile(64, 32, 0, 32, 4, 3),
+)
 # whether channels_last: scattered loads leave registers for small tiles only
 CONV_INPUT_GRADIENT = {
     True: (
@@ -164,6 +172,14 @@ def conv_tiles(
         tiles = [replace(t, k=t.k // 2) for t in tiles]
     fitted = [with_split(t, conv, scheme, batch) for t in tiles if fits(t, conv.outputs)]
     return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))[:CANDIDATES]
+
+
+def pooled_tiles(conv: Conv, dtype: torch.dtype, precision: str) -> list[ConvTile]:
+    """Of a convolution with its pool, every tile that can be chosen."""
+    if dtype == torch.float32 and precision == "ieee":
+        return [IEEE_TILE]
+    k = 2 if dtype == torch.float32 else 1
+    return [replace(t, k=t.k // k) for t in CONV_POOL if fits(t, conv.outputs)][:CANDIDATES]
 
 
 def tile_programs(tile: ConvTile, conv: Conv, batch: int) -> int:

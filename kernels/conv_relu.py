@@ -52,7 +52,6 @@ def scattered_pixels(pixel, ih0, iw0, ok, r, s, c, XS: tl.constexpr, CONV: tl.co
 
 @triton.jit
 def pixels(
-    x,
     pixel,
     ih0,
     iw0,
@@ -150,6 +149,64 @@ def finish(
         tl.store(y + at, narrow(acc, y.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def products(
+    pixel,
+    ih0,
+    iw0,
+    m_ok,
+    w,
+    n,
+    n2,
+    n_end,
+    part,
+    XS: tl.constexpr,
+    CONV: tl.constexpr,
+    PITCH: tl.constexpr,
+    SCHEME: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BN2: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The sums of part of K over the pixels whose first taps lie at `pixel`, at channels n [BN] and n2 [BN2]."""
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc2 = acc
+    if BN2 > 0:
+        acc2 = tl.zeros((BM, BN2), dtype=tl.float32)
+    k = tl.arange(0, BK)
+    BODY: tl.constexpr = (
+        CONV.r * (CONV.s * CONV.inputs // BK * BK) if SCHEME == "rows" else CONV.products
+    )
+    STEPS: tl.constexpr = (BODY + BK - 1) // BK
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    begin = part * SHARE
+    end = tl.minimum(begin + SHARE, STEPS)
+    if SPLIT == 1:
+        begin = 0
+        end = STEPS
+    for step in range(begin, end):
+        a = pixels(pixel, ih0, iw0, m_ok, step, XS, CONV, SCHEME, BK)
+        acc = mma(a, weights(w, n, n_end, step * BK + k, PITCH, BODY, BK), acc, PRECISION)
+        if BN2 > 0:
+            acc2 = mma(a, weights(w, n2, n_end, step * BK + k, PITCH, BODY, BK), acc2, PRECISION)
+    if PITCH > BODY:  # "rows": what whole blocks left of each kernel row
+        REST: tl.constexpr = CONV.s * CONV.inputs - BODY // CONV.r
+        TAIL: tl.constexpr = PITCH - BODY
+        t = tl.arange(0, TAIL)
+        j = BODY // CONV.r + t % REST
+        ok = m_ok[:, None] & (t < CONV.r * REST)[None, :]
+        a = scattered_pixels(
+            pixel, ih0, iw0, ok, t // REST, j // CONV.inputs, j % CONV.inputs, XS, CONV
+        )
+        acc = mma(a, weights(w, n, n_end, BODY + t, PITCH, PITCH, TAIL), acc, PRECISION)
+        if BN2 > 0:
+            acc2 = mma(a, weights(w, n2, n_end, BODY + t, PITCH, PITCH, TAIL), acc2, PRECISION)
+    return acc, acc2
+
+
 @triton.jit(do_not_specialize=["batch"])
 def conv_relu_forward(
     x,
@@ -187,46 +244,36 @@ def conv_relu_forward(
     m_ok = m < m_end
     n_end = (group + 1) * CONV.outputs
     n = group * CONV.outputs + column % N_TILES * (BN + BN2) + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
     n2 = n
-    acc2 = acc
     if BN2 > 0:
         n2 = group * CONV.outputs + column % N_TILES * (BN + BN2) + BN + tl.arange(0, BN2)
-        acc2 = tl.zeros((BM, BN2), dtype=tl.float32)
     ih0 = m // CONV.out_columns % CONV.out_rows * CONV.sh - CONV.ph
     iw0 = m % CONV.out_columns * CONV.sw - CONV.pw
     image = (m // CONV.out_pixels).to(tl.int64)
     pixel = (
         x + image * XS.image + (ih0 * XS.row + iw0 * XS.column) + group * (CONV.inputs * XS.channel)
     )
-    k = tl.arange(0, BK)
-    BODY: tl.constexpr = (
-        CONV.r * (CONV.s * CONV.inputs // BK * BK) if SCHEME == "rows" else CONV.products
+    acc, acc2 = products(
+        pixel,
+        ih0,
+        iw0,
+        m_ok,
+        w,
+        n,
+        n2,
+        n_end,
+        part,
+        XS,
+        CONV,
+        PITCH,
+        SCHEME,
+        PRECISION,
+        SPLIT,
+        BM,
+        BN,
+        BN2,
+        BK,
     )
-    STEPS: tl.constexpr = (BODY + BK - 1) // BK
-    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    begin = part * SHARE
-    end = tl.minimum(begin + SHARE, STEPS)
-    if SPLIT == 1:
-        begin = 0
-        end = STEPS
-    for step in range(begin, end):
-        a = pixels(x, pixel, ih0, iw0, m_ok, step, XS, CONV, SCHEME, BK)
-        acc = mma(a, weights(w, n, n_end, step * BK + k, PITCH, BODY, BK), acc, PRECISION)
-        if BN2 > 0:
-            acc2 = mma(a, weights(w, n2, n_end, step * BK + k, PITCH, BODY, BK), acc2, PRECISION)
-    if PITCH > BODY:  # "rows": what whole blocks left of each kernel row
-        REST: tl.constexpr = CONV.s * CONV.inputs - BODY // CONV.r
-        TAIL: tl.constexpr = PITCH - BODY
-        t = tl.arange(0, TAIL)
-        j = BODY // CONV.r + t % REST
-        ok = m_ok[:, None] & (t < CONV.r * REST)[None, :]
-        a = scattered_pixels(
-            pixel, ih0, iw0, ok, t // REST, j // CONV.inputs, j % CONV.inputs, XS, CONV
-        )
-        acc = mma(a, weights(w, n, n_end, BODY + t, PITCH, PITCH, TAIL), acc, PRECISION)
-        if BN2 > 0:
-            acc2 = mma(a, weights(w, n2, n_end, BODY + t, PITCH, PITCH, TAIL), acc2, PRECISION)
     finish(acc, b, y, part, m, n, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, RELU, SPLIT)
     if BN2 > 0:
         finish(acc2, b, y, part, m, n2, m_end, n_end, CONV, CHANNELS_LAST, HAS_BIAS, RELU, SPLIT)

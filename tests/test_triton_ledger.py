@@ -146,6 +146,7 @@ def tables():
     """(table, what an entry's name must hold, the table's configurations), for each table of _configs.py."""
     for scheme, tiles in configs.CONV_FORWARD.items():
         yield f"forward {scheme}", ("/conv_relu/", f"/{scheme}/"), tiles
+    yield "pooled", ("/conv_relu_max_pool/", "/nhwc/"), configs.CONV_POOL
     for last in (True, False):
         layout = "/nhwc/" if last else "/nchw/"
         yield (

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from fastalex.kernels._configs import ConvTile, Launch
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.conv_relu_max_pool import conv_relu_max_pool
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
 from fastalex.kernels.max_pool import max_pool, max_pool_backward
@@ -111,6 +112,19 @@ def test_a_first_layers_mask_moves_one_map_more_than_the_gradient():
     with counting() as traffic:
         conv_relu_backward(g, y, *arguments, (True, True, True), weight_tile=tile)
     assert traffic.by_grid("written") == 2 * (2 * g.numel() + gw.numel() + gb.numel())  # dz and gx
+
+
+def test_a_convolution_with_its_pool_writes_no_map():
+    """Over the grid, x and w are read and y written once, though patches share pixels."""
+    x = sector_aligned((2, 64, 33, 33), torch.float16, True)
+    weight = sector_aligned((64, 64, 1, 1), torch.float16, True)
+    one, none = (1, 1), (0, 0)
+    with counting() as traffic:
+        y = conv_relu_max_pool(
+            *(x, weight, None, one, none, one, 1, (3, 3), (2, 2), none, False),
+            tile=ConvTile(256, 64, 0, 32, 8, 3),
+        )
+    assert max(moved(traffic, x, weight, written=[y])) <= MOST
 
 
 def test_a_convolution_program_moves_what_its_tile_says():

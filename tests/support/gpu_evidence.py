@@ -67,7 +67,8 @@ Known to fall short:
 - conv2's weight gradient pads 6.7 % of its matrix work, and conv1's and conv4's on sm_8x 41 % and 38 %: the tiles that
   pad less issue more instructions (`kernels/conv_relu_backward.py` has the counts).
 - The ReLU mask is a pass of its own, three maps moved, for every convolution but a first one; the same file counts why.
-- Convolution + bias + ReLU + max-pool in one kernel is not there: see below.
+- conv1 and its pool in one kernel wastes 35 % of its matrix work on what patches share; on a B200 its bound is above
+  the two kernels'.
 
 ## CUDA C++: `cuda` and `cupy`
 
@@ -158,7 +159,10 @@ turn over the fused one, from the same peaks (float16):
 So it can't pay for conv5, the only layer of the paper's network that is pooled without being normalised between,
 nor for conv2 of the variants: they are bound by their multiply-adds, and recomputing the halo costs more than the
 map's bytes. It could for conv1 of CaffeNet and torchvision, which is bound by the bytes of its output. Those
-bounds leave out that a window's maximum crosses lanes, on these tiles through shared memory. No such kernel is built.
+bounds leave out that a window's maximum crosses lanes. `kernels/conv_relu_max_pool.py` is that kernel, on patches of
+16 x 16 pixels: the table of bounds above counts its instructions, exchange included (`conv_relu_max_pool conv1`, to
+compare with `conv_relu conv1` and `max_pool norm1, inference` together). It wins on the first two GPUs and loses on the
+third, so a GPU must have measured it faster before it is used.
 """
 
 
@@ -192,7 +196,7 @@ def table(ledger: dict) -> str:
         f"linear_relu/fc6/fp16/b{BATCH}",
         *(f"linear_relu_backward/{w}/fc6/fp16/b{BATCH}" for w in ("input", "weight")),
     ]
-    rows.append("augment/fp16/colour")
+    rows += ["augment/fp16/colour", "conv_relu_max_pool/conv1/fp16/nhwc/"]
     rows += [f"{op}/fp16/nhwc/" for op in ("lrn", "lrn_backward", "max_pool/train")]
     rows += [f"{op}/fp16/nhwc/" for op in ("max_pool_backward", "lrn_max_pool/infer")]
     rows += [f"{op}/fp16/nhwc/" for op in ("lrn_max_pool/train", "lrn_max_pool_backward")]

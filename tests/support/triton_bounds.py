@@ -49,6 +49,8 @@ def trips(launched: Launched) -> float:
     if launched.kernel == "conv_relu_forward":
         body = packed_products(a["CONV"], a["SCHEME"], a["BK"])[0]
         return -(-body // a["BK"]) / a["SPLIT"]
+    if launched.kernel == "conv_relu_pool_forward":
+        return -(-packed_products(a["CONV"], a["SCHEME"], a["BK"])[0] // a["BK"])
     if launched.kernel == "conv_input_gradient":
         conv: Conv = a["CONV"]
         return conv.r * conv.s / (conv.sh * conv.sw) * -(-conv.outputs // a["BK"])
@@ -63,7 +65,9 @@ def warp_instructions(case: triton_cases.Case, facts: dict) -> float:
         case.call()
     (launched,) = (each for each in found if each.kernel == case.kernel)
     a_warp = facts["instructions"]
-    if facts["inner_loops"]:
+    if facts["inner_loops"] and launched.kernel == "conv_relu_pool_forward":  # a long epilogue
+        a_warp += max(facts["inner_loops"]) * (trips(launched) - 1)
+    elif facts["inner_loops"]:
         a_warp = max(facts["inner_loops"]) * trips(launched)
     return math.prod(launched.grid) * facts["warps"] * a_warp
 
@@ -91,10 +95,15 @@ def costs() -> dict[str, tuple[str, float, float]]:
     moved = float(BATCH * 227 * 3 * (227 + 228 * BYTES))
     found["augment to 227 x 227"] = "augment/fp16/colour", 0.0, moved
     x, y = BATCH * 96 * 55 * 55 * BYTES, BATCH * 96 * 27 * 27
+    conv = pooled_conv("conv1 of CaffeNet")
+    flops = 2.0 * BATCH * 16 * 256 * conv.out_channels * conv.products  # 16 patches of 16 x 16
+    moved = float(BYTES * BATCH * (3 * 227 * 227 + pooled(55) ** 2 * conv.out_channels))
+    found["conv_relu_max_pool conv1"] = "conv_relu_max_pool/conv1/fp16/nhwc/", flops, moved
     found["lrn norm1"] = "lrn/fp16/nhwc/", 0.0, 2.0 * x
     found["lrn_backward norm1"] = "lrn_backward/fp16/nhwc/", 0.0, 3.0 * x
     for op, prefix in (("max_pool", "max_pool/train"), ("lrn_max_pool", "lrn_max_pool/train")):
         found[f"{op} norm1, training"] = f"{prefix}/fp16/nhwc/", 0.0, float(x + y * (BYTES + 1))
+    found["max_pool norm1, inference"] = "max_pool/infer/fp16/nhwc/", 0.0, float(x + y * BYTES)
     found["lrn_max_pool norm1, inference"] = (
         "lrn_max_pool/infer/fp16/nhwc/",
         0.0,

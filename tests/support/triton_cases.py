@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastalex.kernels import _configs as configs
+from fastalex.kernels import conv_relu_max_pool as pooled
 from fastalex.kernels._conv import Conv, forward_scheme, geometry
 from fastalex.kernels._conv_image_gradient import block_convolution, block_tiles, by_blocks
 from fastalex.kernels._layout import strides
@@ -157,6 +158,23 @@ def forward_cases(
         )
 
 
+def pooled_cases(dtype_name: str, last: bool, precision: str, every: bool) -> Iterator[Case]:
+    """conv1 and the pool after it, as CaffeNet has them, in one kernel."""
+    x, weight, bias, *rest = layer("conv1", BATCH, DTYPES[dtype_name], last)
+    arguments = (x, weight, bias, *rest, *POOL, False)
+    tiles = pooled.tiles(*pooled.geometries(x, weight, *rest, *POOL, False), x, precision)
+    if every:
+        tiles = list(dict.fromkeys([*tiles, *configs.CONV_POOL]))
+    where = f"conv1/{label(dtype_name, precision)}/{'nhwc' if last else 'nchw'}"
+    for i, tile in enumerate(tiles if every else tiles[:1]):
+        yield Case(
+            f"conv_relu_max_pool/{where}/{describe(tile)}",
+            "conv_relu_pool_forward",
+            lambda tile=tile: pooled.conv_relu_max_pool(*arguments, tile=tile, precision=precision),
+            quick=i == 0 and dtype_name == "fp16" and last,
+        )
+
+
 def backward_cases(
     arch: str, name: str, dtype_name: str, last: bool, precision: str, every: bool
 ) -> Iterator[Case]:
@@ -279,6 +297,7 @@ def cases(arch: str) -> list[Case]:
         found += forward_cases(name, "fp16", last, "tf32", BATCH, every=True)
         gradients = name in ("conv1", "conv3")
         found += backward_cases(arch, name, "fp16", last, "tf32", every=gradients)
+    found += pooled_cases("fp16", True, "tf32", every=True)
     found += linear_cases("fp16", BATCH)
     found += [*augment_cases(), placing_case()]
     if not arch.startswith("gfx"):
@@ -301,6 +320,9 @@ def first_choices(arch: str) -> Iterator[Case]:
     """What each layer would take unmeasured, in each dtype and precision, and at batch 1."""
     for dtype_name in ("bf16", "fp32"):
         yield from pointwise_cases(dtype_name, True, every=False)
+        yield from pooled_cases(dtype_name, True, "tf32", every=False)
+    yield from pooled_cases("fp16", False, "tf32", every=False)
+    yield from pooled_cases("fp32", True, "ieee", every=False)
     for name in LAYERS:
         yield from forward_cases(name, "fp16", True, "tf32", BATCH, every=False)
         yield from backward_cases(arch, name, "fp16", True, "tf32", every=False)

@@ -1,0 +1,117 @@
+"""The convolution with its pool in one kernel of the Triton backend, run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.support import triton_oracle as oracle
+from tests.support.triton_inputs import like, placed, random
+from tests.support.triton_tables import CONV_CASES
+from tests.support.triton_tolerance import assert_within
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "set TRITON_INTERPRET=1: Triton decides when it is imported", allow_module_level=True
+    )
+pytest.importorskip("triton")
+
+from fastalex.kernels import _configs as configs
+from fastalex.kernels.conv_relu import conv_relu
+from fastalex.kernels.conv_relu_max_pool import (
+    candidates_conv_relu_max_pool,
+    conv_relu_max_pool,
+    refuse_conv_relu_max_pool,
+)
+from fastalex.kernels.max_pool import max_pool
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ONE = (1, 1)
+POOLS = [((3, 3), (2, 2), ONE, True), ((3, 3), (2, 2), (0, 0), False)]
+TILE = configs.CONV_POOL[0]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every torch.empty of the package is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pair(x, weight, bias, convolution, pool):
+    map = conv_relu(x, weight, bias, *convolution)
+    return max_pool(map, *pool[:3], ONE, pool[3], False)[0]
+
+
+def same(found, expected):
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(
+        found.nan_to_num(0.5), expected.nan_to_num(0.5)
+    )
+
+
+def whole(shape, dtype, layout, seed):
+    """Small integers: every sum is exact, in any order, and windows have ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return placed(torch.randint(-2, 3, shape, generator=generator).to(dtype), layout)
+
+
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_values_and_windows(case, layout, dtype):
+    """Near float64; and of whole numbers, exactly the pair's."""
+    shape, outputs, kernel, *convolution, _ = case
+    weight_shape = (outputs, shape[1] // convolution[-1], *kernel)
+    x, weight = random(shape, dtype, layout), random(weight_shape, dtype, layout, 1)
+    bias = random((1, outputs, 1, 1), dtype, seed=2).flatten()
+    pool = POOLS[0]
+    y = conv_relu_max_pool(x, weight, bias, *convolution, *pool, tile=TILE)
+    wide = [t.double() for t in (x, weight, bias)]
+    expected, magnitude = (
+        oracle.max_pool(oracle.conv_relu(*parts, *convolution), *pool[:3], ONE, pool[3])[0]
+        for parts in (wide, [t.abs() for t in wide])
+    )
+    assert_within(y, expected, weight[0].numel() + 2, magnitude)
+    assert y.stride() == like(y, x).stride()
+    x, weight = whole(shape, dtype, layout, 3), whole(weight_shape, dtype, layout, 4)
+    y = conv_relu_max_pool(x, weight, None, *convolution, *pool, tile=TILE)
+    assert torch.equal(y, pair(x, weight, None, convolution, pool))
+
+
+@pytest.mark.parametrize("tile", configs.CONV_POOL, ids=str)
+def test_every_tile_over_many_patches(tile):
+    """A map of 35 x 38 pixels, several patches each way, cut by both edges; NaN and windows of zeros among them."""
+    pool = POOLS[configs.CONV_POOL.index(tile) % 2]
+    x, weight = whole((2, 4, 37, 40), F16, "nhwc", 5), whole((24, 4, 3, 3), F16, "nhwc", 6)
+    x[0, 1, 7, 9] = x[1, 2, 36, 39] = float("nan")
+    x[1, :, 10:20, 10:20] = 0
+    convolution = (ONE, (0, 0), ONE, 1)
+    y = conv_relu_max_pool(x, weight, None, *convolution, *pool, tile=tile)
+    assert same(y, pair(x, weight, None, convolution, pool))
+    assert y.isnan().any()
+
+
+def test_float32_outside_the_tensor_cores():
+    x, weight = random((1, 3, 20, 20), F32, "nhwc"), random((8, 3, 3, 3), F32, "nhwc", 1)
+    arguments = (x, weight, None, ONE, ONE, ONE, 1, *POOLS[1])
+    y = conv_relu_max_pool(*arguments, tile=configs.IEEE_TILE, precision="ieee")
+    wide = oracle.conv_relu(x.double(), weight.double(), None, ONE, ONE, ONE, 1)
+    expected = oracle.max_pool(wide, *POOLS[1][:3], ONE, False)[0]
+    assert_within(y, expected, 29, expected.abs() + 3)
+
+
+def test_what_one_kernel_does_not_pay_for_runs_as_two():
+    """Another window, or too many products to compute twice; an empty batch gives an empty result."""
+    convolution = (ONE, ONE, ONE, 1)
+    x, weight = whole((1, 8, 9, 9), F16, "nhwc", 7), whole((16, 8, 3, 3), F16, "nhwc", 8)
+    for pool in (((2, 2), (2, 2), (0, 0), False), ((3, 3), (1, 1), ONE, True)):
+        assert candidates_conv_relu_max_pool(x, weight, None, *convolution, *pool) == {}
+        y = conv_relu_max_pool(x, weight, None, *convolution, *pool)
+        assert torch.equal(y, pair(x, weight, None, convolution, pool))
+    empty = conv_relu_max_pool(x[:0], weight, None, *convolution, *POOLS[1])
+    assert empty.shape == (0, 16, 4, 4)
+    reason = refuse_conv_relu_max_pool(x, weight, None, *convolution, (3, 3), (2, 2), (2, 2), False)
+    assert "half the window" in reason
