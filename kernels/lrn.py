@@ -232,21 +232,22 @@ def refuse_lrn_backward(
     return refuse_tensors(grad, input) or refuse_normalisation(input, size, scale, beta, k, groups)
 
 
-def candidates_lrn(
-    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
-) -> dict[str, tuple[Launch, ...]]:
+def candidates_lrn(input: Tensor, *arguments) -> dict[str, tuple[Launch, ...]]:
     """Every launch the kernel can choose from, the one it takes unmeasured first; wide windows have one."""
-    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
-        return {}
-    return {"launch": lrn_launches("forward", as_images(input))}
+    return launches("forward", input, *arguments)
 
 
 def candidates_lrn_backward(
-    grad: Tensor, input: Tensor, size: int, scale: float, beta: float, k: float, groups: int
+    grad: Tensor, input: Tensor, *arguments
 ) -> dict[str, tuple[Launch, ...]]:
-    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+    return launches("backward", input, *arguments)
+
+
+def launches(direction: str, input: Tensor, *norm) -> dict[str, tuple[Launch, ...]]:
+    """norm: size, scale, beta, k, groups."""
+    if normalisation(input.shape[1], *norm).window > WIDEST_WINDOW:
         return {}
-    return {"launch": lrn_launches("backward", as_images(input))}
+    return {"launch": lrn_launches(direction, as_images(input))}
 
 
 def as_images(x: Tensor) -> Tensor:

@@ -70,29 +70,22 @@ def refuse_lrn_max_pool_backward(
     )
 
 
-def candidates_lrn_max_pool(
-    input: Tensor, size: int, scale: float, beta: float, k: float, groups: int, *pool
-) -> dict[str, tuple[Launch, ...]]:
+def candidates_lrn_max_pool(input: Tensor, *arguments) -> dict[str, tuple[Launch, ...]]:
     """Every launch the kernel can choose from, the one it takes unmeasured first; the pair of operators has none."""
-    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
-        return {}
-    return {"launch": pool_launches("forward", input, True)}
+    return launches("forward", input, *arguments[:5])
 
 
 def candidates_lrn_max_pool_backward(
-    grad: Tensor,
-    input: Tensor,
-    offsets: Tensor,
-    size: int,
-    scale: float,
-    beta: float,
-    k: float,
-    groups: int,
-    *pool,
+    grad: Tensor, input: Tensor, offsets: Tensor, *arguments
 ) -> dict[str, tuple[Launch, ...]]:
-    if normalisation(input.shape[1], size, scale, beta, k, groups).window > WIDEST_WINDOW:
+    return launches("backward", input, *arguments[:5])
+
+
+def launches(direction: str, input: Tensor, *norm) -> dict[str, tuple[Launch, ...]]:
+    """norm: size, scale, beta, k, groups."""
+    if normalisation(input.shape[1], *norm).window > WIDEST_WINDOW:
         return {}
-    return {"launch": pool_launches("backward", input, True)}
+    return {"launch": pool_launches(direction, input, True)}
 
 
 @layout.on_its_device
