@@ -41,6 +41,7 @@ CPU_HOST = (
         "packed",
         "register",
         "register_conv",
+        "register_conv_pool",
         "register_augment",
         "register_linear",
         "linear",

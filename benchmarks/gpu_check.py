@@ -64,6 +64,12 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[str, tuple[Any, ..
         side = [(n + 2 * padding - kernel) // stride + 1 for n in shape[1:]]
         y = make(BATCH, outputs, *side)
         found[f"conv_relu/fwd/{name}"] = "conv_relu", (x, weight, None, *geometry)
+        conv = (x, weight, None, *geometry)
+        if name in ("conv1", "conv2"):
+            arguments = (*conv, *LRN, groups, *POOL, False)
+            found[f"conv_relu_lrn_max_pool/infer/{name}"] = "conv_relu_lrn_max_pool", arguments
+        if name == "conv5":
+            found[f"conv_relu_max_pool/infer/{name}"] = "conv_relu_max_pool", (*conv, *POOL, False)
         mask = [name != "conv1", True, True]
         found[f"conv_relu/bwd/{name}"] = "conv_relu_backward", (y, y, x, weight, *geometry, mask)
     for name, (inputs, outputs) in LAYERS.items():

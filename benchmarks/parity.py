@@ -26,6 +26,7 @@ from benchmarks import (
     bench_alexnet,
     bench_augment,
     bench_conv_relu,
+    bench_conv_relu_max_pool,
     bench_linear_relu,
     bench_lrn,
     bench_lrn_max_pool,
@@ -189,6 +190,22 @@ def check_conv_relu(dtype: torch.dtype, device: torch.device) -> Iterator[Check]
                 fastalex.set_conv_precision(chosen)
 
 
+def check_conv_pool(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    state = bench_alexnet.weights()
+    for name in bench_conv_relu_max_pool.STAGES[op]:
+        tensors = [activations(device)[name]]
+        tensors += [state[f"features.{name}.{kind}"].to(device) for kind in ("weight", "bias")]
+        stage = bench_conv_relu_max_pool.operation(op, bench_conv_relu.LAYERS[name], PHOTOGRAPHS)
+        yield from check_function(
+            f"{op} {name}",
+            stage.stock,
+            stage.fused,
+            [tensor.to(dtype) for tensor in tensors],
+            True,
+            ADMITTED[fastalex.get_conv_precision()],
+        )
+
+
 def check_linear_relu(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     state = bench_alexnet.weights()
     for name in bench_linear_relu.LAYERS:
@@ -249,6 +266,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Check]]] = {
     "max_pool": check_max_pool,
     "lrn_max_pool": check_lrn_max_pool,
     "conv_relu": check_conv_relu,
+    **{op: functools.partial(check_conv_pool, op) for op in bench_conv_relu_max_pool.STAGES},
     "linear_relu": check_linear_relu,
     "augment": check_augment,
 }

@@ -15,6 +15,8 @@ from fastalex.ops._operator import REGISTRY
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "augment": ops.augment,
     "conv_relu": ops.conv2d_relu,
+    "conv_relu_lrn_max_pool": ops.conv2d_relu_lrn_max_pool2d,
+    "conv_relu_max_pool": ops.conv2d_relu_max_pool2d,
     "linear_relu": ops.linear_relu,
     "lrn": ops.local_response_norm,
     "lrn_max_pool": ops.lrn_max_pool2d,
@@ -54,7 +56,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> None:
     """Prints every backend of an operator: the one that would run this call, and why the others would not.
 
     Args:
-        op: ``"augment"``, ``"conv_relu"``, ``"linear_relu"``, ``"lrn"``, ``"max_pool"`` or ``"lrn_max_pool"``.
+        op: ``"augment"``, ``"conv_relu"``, ``"conv_relu_max_pool"``, ``"conv_relu_lrn_max_pool"``, ``"linear_relu"``,
+            ``"lrn"``, ``"max_pool"`` or ``"lrn_max_pool"``.
         args, kwargs: those of its public function in :mod:`fastalex.ops`; a fake tensor will do.
 
     Raises:

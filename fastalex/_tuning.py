@@ -360,6 +360,8 @@ def settle(table: Any, args: Sequence[Any]) -> None:
     """Measures a call that nobody measured yet, unless a graph is being captured or the user said no."""
     if not enabled() or recorded(table.op, args) is not None:
         return
+    if all(kernel.backend in ("cpu", "torch") for kernel in table.kernels):
+        return  # nothing to choose from on a GPU
     if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return
     key = _quick_key(table.op, args)

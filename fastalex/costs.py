@@ -161,6 +161,57 @@ def conv_relu(
     return Cost(moved, outputs * (2 * depth + 1 + (bias is not None)))
 
 
+def _conv_map(input: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    """A meta tensor of what a convolution makes."""
+    like = (torch.empty_like(tensor, device="meta") for tensor in (input, weight))
+    return torch.nn.functional.conv2d(*like, None, *geometry)
+
+
+def conv_relu_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_size: Ints,
+    pool_stride: Ints,
+    pool_padding: Ints,
+    ceil_mode: bool,
+) -> Cost:
+    """bytes = x + w + b + the pooled y; flops = those of conv_relu and of max_pool."""
+    conv = conv_relu(input, weight, bias, stride, padding, dilation, groups)
+    map = _conv_map(input, weight, stride, padding, dilation, groups)
+    pool = max_pool(map, pool_size, pool_stride, pool_padding, (1, 1), ceil_mode, False)
+    return Cost(conv.bytes + pool.bytes - 2 * _bytes(map), conv.flops + pool.flops)
+
+
+def conv_relu_lrn_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    lrn_groups: int,
+    pool_size: Ints,
+    pool_stride: Ints,
+    pool_padding: Ints,
+    ceil_mode: bool,
+) -> Cost:
+    """bytes = x + w + b + the pooled y; flops = those of conv_relu and of lrn_max_pool."""
+    conv = (input, weight, bias, stride, padding, dilation, groups)
+    rest = conv_relu_max_pool(*conv, pool_size, pool_stride, pool_padding, ceil_mode)
+    map = _conv_map(input, weight, stride, padding, dilation, groups)
+    return Cost(rest.bytes, rest.flops + lrn(map, size, scale, beta, k, lrn_groups).flops)
+
+
 def conv_relu_backward(
     grad: Tensor,
     output: Tensor,

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 X = torch.zeros(2, 8, 9, 9)
 WIDE = torch.zeros(2, 64, 27, 27), torch.zeros(64, 64, 3, 3)
 FORWARD = sorted(SAMPLES)
+COMPOSED = ["conv_relu_lrn_max_pool", "conv_relu_max_pool"]
 
 
 def explained(capsys, *args, **kwargs) -> dict[str, str]:
@@ -81,7 +82,7 @@ def test_explain_of_tensors_on_a_gpu_that_is_not_there(capsys, name):
     with FakeTensorMode():
         told = explained_sample(capsys, name, device="cuda")
     # An untuned convolution leaves the choice to cuDNN, and linear layers are cuBLAS's.
-    untuned = name in ("conv_relu", "linear_relu")
+    untuned = name in ("conv_relu", "linear_relu", *COMPOSED)
     expected = "torch" if untuned or not HAS_TRITON else "triton"
     assert told[""] == f"{name}: runs on {expected}"
     assert told["cpu"] == "no: it runs on CPU tensors, and this one is on cuda:0"
@@ -118,7 +119,8 @@ def test_explain_runs_nothing(capsys, monkeypatch, requires_grad):
 
 def test_explain_of_wrong_calls():
     with pytest.raises(
-        ValueError, match="no operator 'softmax'; there are augment, conv_relu, linear_relu, lrn"
+        ValueError,
+        match="no operator 'softmax'; there are augment, conv_relu, conv_relu_lrn_max_pool, ",
     ):
         explain("softmax", X)
     with pytest.raises(ValueError, match="size is 0"):
@@ -199,6 +201,8 @@ def test_a_forced_backend_serves_or_says_why_not(backend, name):
             torch.testing.assert_close(sample.call(*tensors), sample.call_stock(*tensors))
             return
         message = f"^{name} has no backend '{backend}'; it has {', '.join(have)}$"
+        if name in COMPOSED:  # its parts may have one
+            message = f"backend '{backend}' cannot run this conv_relu: "
         with pytest.raises(BackendError, match=message):
             sample.call(*tensors)
         with pytest.raises(BackendError, match=message):

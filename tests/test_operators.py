@@ -22,7 +22,9 @@ from tests.support.cases import LAYOUTS, lay_out
 from tests.support.samples import SAMPLES, distinct
 
 FORWARD = sorted(SAMPLES)
-BACKWARD = [f"{name}_backward" for name in FORWARD]
+#: In one pass at inference; their gradients are those of the operators they are made of.
+COMPOSED = ["conv_relu_lrn_max_pool", "conv_relu_max_pool"]
+BACKWARD = [f"{name}_backward" for name in FORWARD if name not in COMPOSED]
 #: Operators on integers: no backward half, no samples of floats. tests/test_augment.py is their walk.
 INTEGER = ["augment"]
 DIFFERENTIABLE = sorted(set(REGISTRY) - set(INTEGER))
@@ -107,7 +109,7 @@ def test_gradcheck_of_the_function(name, layout, backend):
     has = {kernel.backend for kernel in REGISTRY[name].kernels.kernels}
     if backend.partition("-")[0] not in has:
         pytest.skip(f"{name} has no backend {backend}")
-    if name in ("conv_relu", "linear_relu") and backend != "torch":
+    if ("conv_relu" in name or name == "linear_relu") and backend != "torch":
         pytest.skip("the CPU engine leaves float64 to torch")
     with running(backend):
         assert torch.autograd.gradcheck(sample.call, tensors)
@@ -159,9 +161,11 @@ def test_fakes_tell_the_layout(name, backend, layout):
     x, *rest = sample.tensors(torch.float32)
     positional = sample.positional
     x = MORE_LAYOUTS[layout](x)
-    if name == "conv_relu":
+    if "conv_relu" in name:  # kernels and windows of one fit every size
         rest = [distinct((4, x.shape[1], 1, 1), torch.float32), *rest[1:]]
-        positional = (*positional[:-1], 1)
+        positional = (*positional[:3], 1, *positional[4:])
+        if name in COMPOSED:
+            positional = (*positional[:-4], (1, 1), (1, 1), (0, 0), False)
     elif name == "linear_relu":
         rest = [distinct((6, x.shape[-1]), torch.float32), *rest[1:]]
     elif name != "lrn":  # a window of one fits every size
@@ -347,7 +351,8 @@ def test_export(name):
     layer = SAMPLES[name].layer().eval()
     x = SAMPLES[name].tensors(torch.float32)[0]
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    with torch.set_grad_enabled(name not in COMPOSED):  # where gradients may follow, their parts
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
     targets = {str(node.target) for node in program.graph.nodes}
     assert f"fastalex.{name}.default" in targets
     for y in (x, x.repeat(3, 1, 1, 1)):

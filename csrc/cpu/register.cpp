@@ -7,64 +7,10 @@
 #include "activation.h"
 #include "library.h"
 #include "numbers.h"
+#include "pool_numbers.h"
 
 namespace fastalex::cpu {
 namespace {
-
-constexpr int64_t kLrnNumbers = 5, kPoolNumbers = 8;
-
-LrnParams take_lrn(Numbers& numbers, const Map& input) {
-  const LrnParams lrn{.size = numbers.integer(),
-                      .scale = numbers.real(),
-                      .beta = numbers.real(),
-                      .k = numbers.real(),
-                      .groups = numbers.integer()};
-  STD_TORCH_CHECK(lrn.size > 0, "fastalex: size must be positive, got ", lrn.size);
-  STD_TORCH_CHECK(lrn.groups > 0 && input.channels % lrn.groups == 0, "fastalex: ", input.channels,
-                  " channels do not divide into ", lrn.groups, " groups");
-  return lrn;
-}
-
-PoolParams take_pool(Numbers& numbers) {
-  const PoolParams pool{.kernel_h = numbers.integer(),
-                        .kernel_w = numbers.integer(),
-                        .stride_h = numbers.integer(),
-                        .stride_w = numbers.integer(),
-                        .padding_h = numbers.integer(),
-                        .padding_w = numbers.integer(),
-                        .dilation_h = numbers.integer(),
-                        .dilation_w = numbers.integer()};
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 &&
-                      pool.stride_w > 0 && pool.dilation_h > 0 && pool.dilation_w > 0 &&
-                      pool.padding_h >= 0 && pool.padding_w >= 0,
-                  "fastalex: pooling takes positive kernel, stride and dilation, and padding >= 0");
-  STD_TORCH_CHECK(pool.padding_h <= pool.kernel_h / 2 && pool.padding_w <= pool.kernel_w / 2,
-                  "fastalex: padding is at most half the kernel");
-  constexpr int64_t kLimit = int64_t{1} << 31;  // products of two then fit 64 bits
-  STD_TORCH_CHECK(pool.kernel_h < kLimit && pool.kernel_w < kLimit && pool.stride_h < kLimit &&
-                      pool.stride_w < kLimit && pool.dilation_h < kLimit &&
-                      pool.dilation_w < kLimit,
-                  "fastalex: pooling takes kernel, stride and dilation below 2^31");
-  return pool;
-}
-
-PoolParams take_undilated_pool(Numbers& numbers) {
-  const PoolParams pool = take_pool(numbers);
-  STD_TORCH_CHECK(pool.dilation_h == 1 && pool.dilation_w == 1,
-                  "fastalex: lrn_max_pool has no dilation");
-  return pool;
-}
-
-int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
-                    bool ceil_mode) {
-  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0 || (ceil_mode && room > -stride), "fastalex: kernel larger than input");
-  int64_t windows = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
-  // ceil_mode drops a last window that starts in the padding beyond the input.
-  if (ceil_mode && (windows - 1) * stride >= size + padding) --windows;
-  STD_TORCH_CHECK(windows > 0, "fastalex: kernel larger than input");
-  return windows;
-}
 
 int32_t offsets_dtype(const PoolParams& pool) {
   return pool.taps() <= 256 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int32();
@@ -83,7 +29,7 @@ void require_like(const Tensor& grad, const Tensor& tensor, int64_t dims) {
 Tensor lrn(const Tensor& input, const Tensor& packed) {
   Numbers numbers(packed, kLrnNumbers);
   const Activation in = read(input);
-  const LrnParams lrn = take_lrn(numbers, in.map);
+  const LrnParams lrn = take_lrn(numbers, in.map.channels);
   const DType dtype = dtype_of(input);
   Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
   if (input.numel() > 0) kernels().lrn({dtype, lrn, in.map, out.map});
@@ -94,7 +40,7 @@ Tensor lrn_backward(const Tensor& grad, const Tensor& input, const Tensor& packe
   Numbers numbers(packed, kLrnNumbers);
   require_like(grad, input, input.dim());
   const Activation in = read(input);
-  const LrnParams lrn = take_lrn(numbers, in.map);
+  const LrnParams lrn = take_lrn(numbers, in.map.channels);
   const DType dtype = dtype_of(input);
   const Activation g = read_as(grad, in.map.channels_last);
   Activation out = create(dtype_code(input), input.sizes(), in.map.channels_last);
@@ -197,7 +143,7 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& offsets, const Tensor
 
 Pooling run_lrn_max_pool(const Tensor& input, const Tensor& packed, bool save_offsets) {
   Numbers numbers(packed, kLrnNumbers + kPoolNumbers + 1);
-  const LrnParams lrn = take_lrn(numbers, read(input).map);
+  const LrnParams lrn = take_lrn(numbers, read(input).map.channels);
   const PoolParams pool = take_undilated_pool(numbers);
   Pooling p = create_pooling(input, pool, numbers.integer() != 0, save_offsets);
   if (p.out.tensor.numel() > 0) kernels().lrn_max_pool({lrn, p.call});
@@ -219,7 +165,7 @@ Tensor lrn_max_pool_backward(const Tensor& grad, const Tensor& input, const Tens
   STD_TORCH_CHECK(input.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
   const Activation in = read(input);
   require_like(grad, input, 2);
-  const LrnParams lrn = take_lrn(numbers, in.map);
+  const LrnParams lrn = take_lrn(numbers, in.map.channels);
   const PoolParams pool = take_undilated_pool(numbers);
   Unpooling u =
       create_unpooling(grad, offsets, in.map.height, in.map.width, pool, in.map.channels_last);

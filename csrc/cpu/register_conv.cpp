@@ -7,12 +7,8 @@
 #include <optional>
 #include <tuple>
 
-#include "activation.h"
-#include "conv/conv.h"
-#include "conv_plans.h"
+#include "conv_call.h"
 #include "library.h"
-#include "numbers.h"
-#include "packed.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -26,12 +22,6 @@ std::atomic<int> g_precision{static_cast<int>(conv::Precision::kHigh)};
 // What tests force; kAuto and 0 leave the choice to the cost model.
 std::atomic<int> g_engine{static_cast<int>(conv::Engine::kAuto)}, g_tile{0};
 
-std::shared_ptr<const Plan> plan_of(const Problem& problem, Pass pass) {
-  return plan_for(problem, pass,
-                  static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed)),
-                  g_tile.load(std::memory_order_relaxed));
-}
-
 int narrow(int64_t value) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // sums of two fit an int
   STD_TORCH_CHECK(value >= 0 && value < kLimit,
@@ -42,8 +32,6 @@ int narrow(int64_t value) {
 struct Geometry {
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
 };
-
-constexpr int64_t kGeometryNumbers = 7;
 
 Geometry take_geometry(Numbers& numbers) {
   const auto next = [&] { return numbers.integer(); };
@@ -93,10 +81,48 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Geometry& g)
   return problem_of(dtype_of(input), input.sizes().data(), weight.sizes().data(), g);
 }
 
-ConstTensor view(const Tensor& tensor) {
+WeightBytes bytes_of(const Tensor& weight) {
+  return {weight.data_ptr(), static_cast<int64_t>(weight.numel() * weight.element_size())};
+}
+
+}  // namespace
+
+std::shared_ptr<const Plan> plan_of(const Problem& problem, Pass pass) {
+  return plan_for(problem, pass,
+                  static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed)),
+                  g_tile.load(std::memory_order_relaxed));
+}
+
+Problem conv_problem(const Tensor& input, const Tensor& weight, Numbers& numbers) {
+  return problem_of(input, weight, take_geometry(numbers));
+}
+
+std::optional<Tensor> channel_row(const std::optional<Tensor>& row, const char* name,
+                                  const Tensor& input, const Tensor& weight) {
+  if (!row) return std::nullopt;
+  STD_TORCH_CHECK(row->is_cpu() && row->dim() == 1 && row->sizes()[0] == weight.sizes()[0] &&
+                      dtype_code(*row) == dtype_code(input),
+                  "fastalex: ", name, " is one value of the input's dtype for each output channel");
+  return torch::stable::contiguous(*row);
+}
+
+ConstTensor conv_view(const Tensor& tensor) {
   const auto s = tensor.strides();
   return {tensor.data_ptr(), {s[0], s[1], s[2], s[3]}};
 }
+
+std::shared_ptr<const Buffer> packed_weights(const Plan& plan, DType dtype, const Tensor& weight) {
+  uint64_t layout = plan.packed_key();
+  const ConstTensor from = conv_view(weight);
+  const conv::Strides& s = from.strides;
+  for (int64_t value : {static_cast<int64_t>(dtype), s.n, s.c, s.h, s.w}) {
+    layout = (layout ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
+  }
+  return packed_weight(bytes_of(weight), layout, plan.packed_bytes(),
+                       [&](void* out) { plan.pack(from, out); });
+}
+
+namespace {
 
 conv::Tensor target(const Tensor& tensor) {
   const auto s = tensor.strides();
@@ -112,32 +138,6 @@ Tensor create_vector(const Tensor& like, int64_t size) {
   return empty_strided(dtype_code(like), Sizes(&size, 1), Sizes(&stride, 1));
 }
 
-WeightBytes bytes_of(const Tensor& weight) {
-  return {weight.data_ptr(), static_cast<int64_t>(weight.numel() * weight.element_size())};
-}
-
-// The plan's weights, packed or kept from an earlier call.
-std::shared_ptr<const Buffer> pack(const Plan& plan, DType dtype, const Tensor& weight) {
-  uint64_t layout = plan.packed_key();
-  const ConstTensor from = view(weight);
-  const conv::Strides& s = from.strides;
-  for (int64_t value : {static_cast<int64_t>(dtype), s.n, s.c, s.h, s.w}) {
-    layout = (layout ^ static_cast<uint64_t>(value)) * 0x100000001b3u;
-  }
-  return packed_weight(bytes_of(weight), layout, plan.packed_bytes(),
-                       [&](void* out) { plan.pack(from, out); });
-}
-
-// One value of the input's dtype for each output channel.
-std::optional<Tensor> channel_row(const std::optional<Tensor>& row, const char* name,
-                                  const Tensor& input, const Tensor& weight) {
-  if (!row) return std::nullopt;
-  STD_TORCH_CHECK(row->is_cpu() && row->dim() == 1 && row->sizes()[0] == weight.sizes()[0] &&
-                      dtype_code(*row) == dtype_code(input),
-                  "fastalex: ", name, " is one value of the input's dtype for each output channel");
-  return torch::stable::contiguous(*row);
-}
-
 // The packed weights of a convolution, and the weight they were made from.
 struct Weights {
   std::shared_ptr<const Buffer> packed;
@@ -146,7 +146,7 @@ struct Weights {
 
 // `weight` times `scale` by output channel, packed; the product is kept behind the packed form.
 Weights scaled_weights(const Plan& plan, const Tensor& weight, const Tensor& scale) {
-  const ConstTensor from = view(weight);
+  const ConstTensor from = conv_view(weight);
   const conv::Strides& s = from.strides;
   const size_t offset = (plan.packed_bytes() + 63) / 64 * 64;
   std::array<uint64_t, 2> content;
@@ -187,10 +187,11 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
   if (problem.batch == 0) return output;
   const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kForward);
   const Tensor dense = dense_weight(weight);
-  const Weights weights = scale_row ? scaled_weights(*plan, dense, *scale_row)
-                                    : Weights{pack(*plan, problem.dtype, dense), view(dense)};
+  const Weights weights =
+      scale_row ? scaled_weights(*plan, dense, *scale_row)
+                : Weights{packed_weights(*plan, problem.dtype, dense), conv_view(dense)};
   const ScratchLease scratch(plan->scratch_bytes());
-  plan->forward({view(input),
+  plan->forward({conv_view(input),
                  weights.dense,
                  bias_row ? bias_row->data_ptr() : nullptr,
                  weights.packed->data(),
@@ -203,14 +204,13 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
 Tensor conv_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                  const Tensor& packed_numbers) {
   Numbers numbers(packed_numbers, kGeometryNumbers);
-  return forward(problem_of(input, weight, take_geometry(numbers)), input, weight, std::nullopt,
-                 bias);
+  return forward(conv_problem(input, weight, numbers), input, weight, std::nullopt, bias);
 }
 
 Tensor conv_inference(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
                       const std::optional<Tensor>& bias, const Tensor& packed_numbers) {
   Numbers numbers(packed_numbers, kGeometryNumbers + 1);
-  Problem problem = problem_of(input, weight, take_geometry(numbers));
+  Problem problem = conv_problem(input, weight, numbers);
   problem.relu = numbers.integer() != 0;
   return forward(problem, input, weight, scale, bias);
 }
@@ -222,10 +222,10 @@ Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& 
   if (problem.batch == 0) return result;
   const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kInputGradient);
   const Tensor dense = dense_weight(weight);
-  const std::shared_ptr<const Buffer> packed = pack(*plan, problem.dtype, dense);
+  const std::shared_ptr<const Buffer> packed = packed_weights(*plan, problem.dtype, dense);
   const ScratchLease scratch(plan->scratch_bytes());
-  plan->input_gradient(
-      {view(grad), view(output), view(dense), packed->data(), target(result), scratch.data()});
+  plan->input_gradient({conv_view(grad), conv_view(output), conv_view(dense), packed->data(),
+                        target(result), scratch.data()});
   return result;
 }
 
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const 
                                                       const Tensor& input, const Tensor& weight,
                                                       const Tensor& packed_numbers) {
   Numbers numbers(packed_numbers, kGeometryNumbers + 3);
-  const Problem problem = problem_of(input, weight, take_geometry(numbers));
+  const Problem problem = conv_problem(input, weight, numbers);
   const bool wants_input = numbers.integer() != 0, wants_weight = numbers.integer() != 0,
              wants_bias = numbers.integer() != 0;
   const int64_t expected[] = {problem.batch, problem.out_channels, problem.out_height(),
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const 
     Tensor result = create_like(weight, {sizes[0], sizes[1], sizes[2], sizes[3]});
     const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kWeightGradient);
     const ScratchLease scratch(plan->scratch_bytes());
-    plan->weight_gradient({view(grad), view(output), view(input), target(result),
+    plan->weight_gradient({conv_view(grad), conv_view(output), conv_view(input), target(result),
                            wants_bias ? grad_bias.mutable_data_ptr() : nullptr, scratch.data()});
     if (wants_weight) grad_weight = result;
   }

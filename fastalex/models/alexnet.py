@@ -20,7 +20,7 @@ from fastalex.models._layers import (
     max_pool,
     norm_and_pool,
 )
-from fastalex.ops import Linear
+from fastalex.ops import FusedSequential, Linear
 
 #: Section 3.3 of the paper.
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
@@ -213,7 +213,8 @@ class AlexNet(nn.Module):
         classifier = self._classifier(num_classes, hidden, dropout, dropconnect)
         # torchvision numbers its layers.
         numbered = column == "torchvision"
-        self.features = nn.Sequential(*features.values()) if numbered else nn.Sequential(features)
+        stack = FusedSequential if self.fused else nn.Sequential
+        self.features = stack(*features.values()) if numbered else stack(features)
         self.avgpool = nn.AdaptiveAvgPool2d(6) if numbered else nn.Identity()
         self.classifier = (
             nn.Sequential(*classifier.values()) if numbered else nn.Sequential(classifier)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastalex.models._layers import convolution, images, local_response_norm, max_pool
 from fastalex.models.alexnet import LRN
+from fastalex.ops import FusedSequential
 
 #: channels, kernel, stride, padding, and whether pooling and normalisation follow.
 _CONVOLUTIONS = (
@@ -66,7 +67,7 @@ class ZFNet(nn.Module):
             if norms:
                 layers[f"norm{n}"] = local_response_norm(fused, {**LRN, "groups": 1})
             inputs = channels
-        self.features = nn.Sequential(layers)
+        self.features = (FusedSequential if fused else nn.Sequential)(layers)
         self.classifier = nn.Sequential(
             OrderedDict(
                 fc6=nn.Linear(256 * 6 * 6, 4096),

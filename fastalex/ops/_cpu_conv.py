@@ -28,7 +28,7 @@ _release = _cpu.native("release_packed")
 _watched: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
 
 
-def _watch(weight: Tensor) -> None:
+def watch(weight: Tensor) -> None:
     """Lets what is packed of ``weight`` go when the weight does, or when its data is replaced."""
     address = weight.data_ptr()
     known = _watched.get(id(weight))
@@ -84,7 +84,7 @@ def conv_relu(
     dilation: Ints,
     groups: int,
 ) -> Tensor:
-    _watch(weight)
+    watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups)
     return _forward(input, weight, bias, numbers)  # type: ignore[no-any-return]
 
@@ -101,7 +101,7 @@ def inference(
     relu: bool,
 ) -> Tensor:
     """conv2d(input, weight * scale) + bias, the scale by output channel in float32; no gradient."""
-    _watch(weight)
+    watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups, relu)
     return _inference(input, weight, scale, bias, numbers)  # type: ignore[no-any-return]
 
@@ -117,7 +117,7 @@ def conv_relu_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _watch(weight)
+    watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups, tuple(output_mask))
     return _backward(grad, output, input, weight, numbers)  # type: ignore[no-any-return]
 

@@ -54,9 +54,9 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return False
 
 
-def gradients_may_follow(input: Tensor) -> bool:
+def gradients_may_follow(*tensors: Tensor | None) -> bool:
     """Whether a backward pass could ask for what this call saves."""
-    if input.requires_grad and _grad_enabled():
+    if _grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
     # Inside a torch.func transform an outer level may want gradients that this one cannot see.
     return not _compiling() and _transforms() is not None
@@ -92,7 +92,7 @@ class Operator:
     def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
         self.kernels = KernelTable(self.name)
-        self._reference: Callable[..., Any] = getattr(reference, self.name)
+        self.reference: Callable[..., Any] = getattr(reference, self.name)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run_dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastalex::{self.name}", fake, lib=LIBRARY)
@@ -110,8 +110,8 @@ class Operator:
         """
         if _is_observed():
             if _onnx.exporting():
-                return _onnx.FORMS.get(self.name, self._reference)(*args)
-            return (self._reference if needs_reference() else self.dispatch)(*args)
+                return _onnx.FORMS.get(self.name, self.reference)(*args)
+            return (self.reference if needs_reference() else self.dispatch)(*args)
         wants_grad = False
         for tensor in args[: self._tensors]:
             if tensor is not None:

@@ -25,7 +25,7 @@ from fastalex.ops._operator import Operator, autocasting, needs_reference
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 
-def _fake(
+def fake_conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -56,7 +56,7 @@ def _fake_backward(
 
 
 CONV_RELU = Operator(
-    f"conv_relu(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", _fake
+    f"conv_relu(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", fake_conv
 )
 CONV_RELU_BACKWARD = Operator(
     f"conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, {_GEOMETRY}, "
@@ -189,6 +189,35 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name}: weight is {weight.dim()}-D; it must be [K, C / groups, R, S]")
 
 
+def conv_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+) -> tuple[Any, ...]:
+    """Checks conv2d's arguments; returns those of the operator, the input as a batch."""
+    _check_tensors(input, weight, bias)
+    bias_shape = None if bias is None else bias.shape
+    steps, pads, spread = _checked_geometry(
+        input.shape, weight.shape, bias_shape, stride, padding, dilation, groups
+    )
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    if len(pads) == 4:  # padding='same' around an even kernel
+        batched, pads = F.pad(batched, pads), (0, 0)
+    return batched, weight, bias, steps, pads, spread, groups
+
+
+def call_as_conv(operator: Operator, arguments: tuple[Any, ...]) -> Tensor:
+    """The operator's result; under autocast in the region's dtype."""
+    if not autocasting(arguments[0]):
+        return operator(*arguments)  # type: ignore[no-any-return]
+    call = operator.reference if needs_reference() else operator.dispatch
+    return call(*arguments)  # type: ignore[no-any-return]
+
+
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -218,20 +247,8 @@ def conv2d_relu(
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
     """
-    _check_tensors(input, weight, bias)
-    bias_shape = None if bias is None else bias.shape
-    steps, pads, spread = _checked_geometry(
-        input.shape, weight.shape, bias_shape, stride, padding, dilation, groups
-    )
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    if len(pads) == 4:  # padding='same' around an even kernel
-        batched, pads = F.pad(batched, pads), (0, 0)
-    arguments = (batched, weight, bias, steps, pads, spread, groups)
-    output: Tensor
-    if autocasting(input):
-        output = (reference.conv_relu if needs_reference() else CONV_RELU.dispatch)(*arguments)
-    else:
-        output = CONV_RELU(*arguments)
+    arguments = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
+    output = call_as_conv(CONV_RELU, arguments)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

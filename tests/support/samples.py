@@ -60,6 +60,20 @@ def stock_conv_relu(*tensors: Tensor, **arguments: Any) -> Tensor:
     return F.relu(F.conv2d(*tensors, **arguments))
 
 
+def stock_conv_relu_max_pool(
+    *tensors: Tensor, padding: int, groups: int, pool_size: int, pool_stride: int
+) -> Tensor:
+    map = F.relu(F.conv2d(*tensors, padding=padding, groups=groups))
+    return F.max_pool2d(map, pool_size, pool_stride)
+
+
+def stock_conv_relu_lrn_max_pool(
+    *tensors: Tensor, padding: int, groups: int, pool_size: int, pool_stride: int, **lrn: Any
+) -> Tensor:
+    map = F.relu(F.conv2d(*tensors, padding=padding, groups=groups))
+    return stock_lrn_max_pool(map, **lrn, kernel_size=pool_size, stride=pool_stride)
+
+
 def stock_linear_relu(*tensors: Tensor) -> Tensor:
     return F.relu(F.linear(*tensors))
 
@@ -111,6 +125,41 @@ SAMPLES = {
             ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
             {"padding": 1, "groups": 2},
             ((1, 1), (1, 1), (1, 1), 2),
+        ),
+        Sample(
+            "conv_relu_max_pool",
+            ops.conv2d_relu_max_pool2d,
+            stock_conv_relu_max_pool,
+            lambda: ops.FusedSequential(
+                ops.Conv2dReLU(4, 4, 3, padding=1, groups=2), ops.MaxPool2d(2, 1)
+            ),
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(2, 1)
+            ),
+            ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
+            {"padding": 1, "groups": 2, "pool_size": 2, "pool_stride": 1},
+            ((1, 1), (1, 1), (1, 1), 2, (2, 2), (1, 1), (0, 0), False),
+        ),
+        Sample(
+            "conv_relu_lrn_max_pool",
+            ops.conv2d_relu_lrn_max_pool2d,
+            stock_conv_relu_lrn_max_pool,
+            lambda: ops.FusedSequential(
+                ops.Conv2dReLU(4, 4, 3, padding=1, groups=2),
+                ops.LRNMaxPool2d(**_LRN, kernel_size=2, stride=1),
+            ),
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 4, 3, padding=1, groups=2),
+                nn.ReLU(),
+                nn.LocalResponseNorm(**_LRN),
+                nn.MaxPool2d(2, 1),
+            ),
+            ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
+            {"padding": 1, "groups": 2, **_LRN, "pool_size": 2, "pool_stride": 1},
+            (
+                *((1, 1), (1, 1), (1, 1), 2, 3, _SCALE, 0.75, 2.0, 1),
+                *((2, 2), (1, 1), (0, 0), False),
+            ),
         ),
         Sample(
             "linear_relu",

@@ -78,7 +78,7 @@ std::string refusal(const Problem& problem);
 
 // Receives finished images instead of the output tensor: float, channels last, dense, in the
 // scratch of the worker that made it, still in its cache. Called from workers [0, threads), each
-// image once.
+// image once. Null data: so many of the image's tiles met NaN that it must be made without a sink.
 struct ImageSink {
   void (*image)(void* context, int worker, int64_t image, const float* data) = nullptr;
   void* context = nullptr;
@@ -129,6 +129,7 @@ class Plan {
   uint64_t packed_key() const;
   double predicted_seconds() const;
   Engine engine() const;
+  int tile() const;  // the big one of a Winograd plan, or 0
   std::string explain() const;
 
   void pack(const ConstTensor& weight, void* packed) const;

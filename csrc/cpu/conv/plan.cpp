@@ -305,6 +305,10 @@ double Plan::predicted_seconds() const {
 
 Engine Plan::engine() const { return parts_.front().engine; }
 
+int Plan::tile() const {
+  return engine() == Engine::kWinograd ? parts_.front().winograd.kernels->big : 0;
+}
+
 std::string Plan::explain() const {
   std::string text;
   char line[256];

@@ -216,7 +216,7 @@ class WinogradRun {
     run_jobs(geometry_.images, operands_.threads, [&](int worker, int64_t image) {
       const Memory::Worker w = memory_.worker(worker);
       const OutputTarget target = OutputTarget::image(kernels_, part_, w.image);
-      NonfiniteLog log(SIZE_MAX);
+      NonfiniteLog log;
       const Sink sink{target, log};
       RowWindow window(source_, geometry_, w.window, choice_.kernels->points,
                        channel_blocks(geometry_) * kBlock);
@@ -225,8 +225,10 @@ class WinogradRun {
           run_block(group, private_block(image, strip), window, w, sink);
         }
       }
-      if (!log.empty()) recompute_nonfinite(kernels_, part_, operands_, target, log);
-      operands_.sink.image(operands_.sink.context, worker, image, w.image);
+      // The direct fallback is for whole outputs; a few tiles are made anew here.
+      const bool lost = log.overflowed();
+      if (!lost && !log.empty()) recompute_nonfinite(kernels_, part_, operands_, target, log);
+      operands_.sink.image(operands_.sink.context, worker, image, lost ? nullptr : w.image);
     });
   }
 
