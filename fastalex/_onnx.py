@@ -76,11 +76,15 @@ def conv_relu_lrn_max_pool(
     beta: float,
     k: float,
     lrn_groups: int,
-    *pool: Any,
+    pool_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
+    ceil_mode: bool,
 ) -> Tensor:
     """Its parts in turn."""
     map = reference.conv_relu(input, weight, bias, stride, padding, dilation, groups)
-    return lrn_max_pool(map, size, scale, beta, k, lrn_groups, *pool, False)[0]
+    map = lrn(map, size, scale, beta, k, lrn_groups)
+    return F.max_pool2d(map, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
 
 
 def conv_relu_max_pool(

@@ -161,10 +161,16 @@ def conv_relu(
     return Cost(moved, outputs * (2 * depth + 1 + (bias is not None)))
 
 
-def _conv_map(input: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+def _conv_map(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     """A meta tensor of what a convolution makes."""
-    like = (torch.empty_like(tensor, device="meta") for tensor in (input, weight))
-    return torch.nn.functional.conv2d(*like, None, *geometry)
+    sides = (
+        pooled_size(
+            input.shape[d + 2], weight.shape[d + 2], stride[d], padding[d], dilation[d], False
+        )
+        for d in (0, 1)
+    )
+    shape = (input.shape[0], weight.shape[0], *sides)
+    return torch.empty(shape, dtype=input.dtype, device="meta")
 
 
 def conv_relu_max_pool(
@@ -182,7 +188,7 @@ def conv_relu_max_pool(
 ) -> Cost:
     """bytes = x + w + b + the pooled y; flops = those of conv_relu and of max_pool."""
     conv = conv_relu(input, weight, bias, stride, padding, dilation, groups)
-    map = _conv_map(input, weight, stride, padding, dilation, groups)
+    map = _conv_map(input, weight, stride, padding, dilation)
     pool = max_pool(map, pool_size, pool_stride, pool_padding, (1, 1), ceil_mode, False)
     return Cost(conv.bytes + pool.bytes - 2 * _bytes(map), conv.flops + pool.flops)
 
@@ -208,7 +214,7 @@ def conv_relu_lrn_max_pool(
     """bytes = x + w + b + the pooled y; flops = those of conv_relu and of lrn_max_pool."""
     conv = (input, weight, bias, stride, padding, dilation, groups)
     rest = conv_relu_max_pool(*conv, pool_size, pool_stride, pool_padding, ceil_mode)
-    map = _conv_map(input, weight, stride, padding, dilation, groups)
+    map = _conv_map(input, weight, stride, padding, dilation)
     return Cost(rest.bytes, rest.flops + lrn(map, size, scale, beta, k, lrn_groups).flops)
 
 
