@@ -1,15 +1,14 @@
 // LRN and max-pooling in one pass, forward and backward: the normalised map never reaches memory.
 #include "lrn_max_pool5.h"
+#include "lrn_planes5.h"
 #include "lrn_rows.h"
 #include "op_entries.h"
 #include "parallel.h"
-#include "pool_rows.h"
+#include "pool_pixels.h"
+#include "pool_planes.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
 namespace {
-
-// Scratch of one thread in the NCHW kernels, in elements: about half of a 1 MiB L2.
-constexpr int64_t kBandElements = 128 * 1024;
 
 // --- channels_last: a ring of normalised rows, each computed once per thread
 
@@ -131,57 +130,128 @@ void backward_pixels(const LrnMaxPoolBackwardCall& call) {
       });
 }
 
-// --- NCHW: bands of rows, all channels of a band in L2
+// --- NCHW: bands of rows, normalised into a scratch that stays in cache and pooled from there
 
-// Rows of a band that leaves room for `channels` channels of it in kBandElements.
-int64_t band_rows(const Map& map) {
-  return std::max<int64_t>(1, kBandElements / std::max<int64_t>(1, map.channels * map.width));
+// Rows of a band whose `channels` planes fill `elements`.
+int64_t band_rows(const Map& map, int64_t channels, int64_t elements) {
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, channels * map.width));
 }
 
-template <class S, class Offset, bool kTrack>
-void forward_planes(const LrnMaxPoolCall& call) {
+// Rows [first, last) of an image's input.
+struct Band {
+  int64_t n, first, last;
+};
+
+// All channels of a band at a time, for any window.
+template <class S>
+class WholeBands {
+ public:
+  static constexpr int64_t kElements = 128 * 1024;  // about half of a 1 MiB L2
+
+  WholeBands(const LrnParams& lrn, const Map& in)
+      : in_(in), normalizer_(make_lrn_forward<S>(lrn, in)) {}
+
+  static int64_t channels(const Map& in) { return in.channels; }
+
+  // Calls pool(c, normalised rows) for each channel.
+  template <class Pool>
+  void run(const Band& band, S* scratch, Pool&& pool) {
+    const int64_t pitch = (band.last - band.first) * in_.width;
+    normalizer_->run(plane_at<const S>(in_, band.n, 0) + band.first * in_.width, in_.channel_stride,
+                     scratch, pitch, pitch);
+    for (int64_t c = 0; c < in_.channels; ++c) pool(c, scratch + c * pitch);
+  }
+
+ private:
+  const Map& in_;
+  std::unique_ptr<LrnForward<S>> normalizer_;
+};
+
+// A few channels of a band at a time, for windows of five: larger bands, in a nearer cache.
+template <class S, Beta kBeta>
+class SlicedBands {
+ public:
+  static constexpr int64_t kElements = 12 * 1024;
+
+  SlicedBands(const LrnParams& lrn, const Map& in)
+      : in_(in), group_channels_(in.channels / lrn.groups), normalizer_(lrn, in.channels) {}
+
+  static int64_t channels(const Map&) { return kSlice; }
+
+  template <class Pool>
+  void run(const Band& band, S* scratch, Pool&& pool) {
+    const int64_t pitch = (band.last - band.first) * in_.width;
+    for (int64_t group = 0; group < in_.channels; group += group_channels_) {
+      const S* x = plane_at<const S>(in_, band.n, group) + band.first * in_.width;
+      for (int64_t c = 0; c < group_channels_; c += kSlice) {
+        for (int64_t i = 0; i < pitch; i += kPlaneBlock) {
+          normalizer_.run_slice(x + i, in_.channel_stride, c, scratch + i, pitch,
+                                std::min(kPlaneBlock, pitch - i));
+        }
+        for (int64_t j = 0; j < std::min(kSlice, group_channels_ - c); ++j) {
+          pool(group + c + j, scratch + j * pitch);
+        }
+      }
+    }
+  }
+
+ private:
+  const Map& in_;
+  int64_t group_channels_;
+  PlaneNormalizer5<S, kBeta> normalizer_;
+};
+
+template <class S, class Offset, bool kTrack, class Bands>
+void pool_bands(const LrnMaxPoolCall& call) {
   const Map &in = call.pool.input, &out = call.pool.output;
   const PoolParams& pool = call.pool.pool;
+  const int64_t channels = Bands::channels(in), most = band_rows(in, channels, Bands::kElements);
   const int64_t out_rows =
-      std::clamp<int64_t>((band_rows(in) - pool.kernel_h) / pool.stride_h + 1, 1, out.height);
+      std::clamp<int64_t>((most - pool.kernel_h) / pool.stride_h + 1, 1, out.height);
   const int64_t in_rows = (out_rows - 1) * pool.stride_h + pool.kernel_h;
   const int64_t bands = (out.height + out_rows - 1) / out_rows;
   parallel_for(
       out.batch * bands, grain(in_rows * in.width * in.channels), [&](int64_t begin, int64_t end) {
-        const auto normalizer = make_lrn_forward<S>(call.lrn, in);
+        Bands normalized(call.lrn, in);
         PlanePool<S, Offset, kTrack> kernel(pool, in.width, out.width);
-        Scratch<S> band(in.channels * in_rows * in.width);
+        Scratch<S> scratch(channels * in_rows * in.width);
         Scratch<const S*> rows(pool.kernel_h);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / bands, oh_first = i % bands * out_rows;
           const int64_t oh_last = std::min(out.height, oh_first + out_rows);
-          const int64_t ih_first = std::max<int64_t>(0, oh_first * pool.stride_h - pool.padding_h);
-          const int64_t ih_last =
-              std::min(in.height, (oh_last - 1) * pool.stride_h - pool.padding_h + pool.kernel_h);
-          const int64_t pitch = (ih_last - ih_first) * in.width;
-          normalizer->run(plane_at<const S>(in, n, 0) + ih_first * in.width, in.channel_stride,
-                          band.data(), pitch, pitch);
-          for (int64_t c = 0; c < in.channels; ++c) {
+          const Band band{
+              n, std::max<int64_t>(0, oh_first * pool.stride_h - pool.padding_h),
+              std::min(in.height, (oh_last - 1) * pool.stride_h - pool.padding_h + pool.kernel_h)};
+          normalized.run(band, scratch.data(), [&](int64_t c, const S* plane) {
             for (int64_t oh = oh_first; oh < oh_last; ++oh) {
               const int64_t top = oh * pool.stride_h - pool.padding_h;
               const TapRange range(top, pool.kernel_h, 1, in.height);
               for (int64_t kh = range.first; kh < range.last; ++kh) {
-                rows[kh - range.first] = band.data() + c * pitch + (top + kh - ih_first) * in.width;
+                rows[kh - range.first] = plane + (top + kh - band.first) * in.width;
               }
               kernel.run(
                   rows.data(), range, plane_at<S>(out, n, c) + oh * out.width,
                   kTrack ? plane_at<Offset>(call.pool.offsets, n, c) + oh * out.width : nullptr);
             }
-          }
+          });
         }
       });
+}
+
+template <class S, class Offset, bool kTrack>
+void forward_planes(const LrnMaxPoolCall& call) {
+  if (!LrnWindow<float>(call.lrn, call.pool.input.channels).is_five()) {
+    return pool_bands<S, Offset, kTrack, WholeBands<S>>(call);
+  }
+  with_beta(call.lrn.beta,
+            [&](auto beta) { pool_bands<S, Offset, kTrack, SlicedBands<S, beta()>>(call); });
 }
 
 template <class S, class Offset>
 void backward_planes(const LrnMaxPoolBackwardCall& call) {
   using A = compute_t<S>;
   const Map &in = call.input, &out = call.pool.grad_input, &grad = call.pool.grad;
-  const int64_t height = std::min(in.height, band_rows(in));
+  const int64_t height = std::min(in.height, band_rows(in, in.channels, WholeBands<S>::kElements));
   const int64_t bands = (in.height + height - 1) / height;
   parallel_for(in.batch * bands, grain(height * in.width * in.channels),
                [&](int64_t begin, int64_t end) {

@@ -29,7 +29,7 @@ class RowRing {
 };
 
 // The rows of a window, and their sum at one position.
-template <int kSize, class A>
+template <class A>
 class WindowRows {
  public:
   explicit WindowRows(int64_t size) : size_(size), rows_(size) {}
@@ -40,8 +40,7 @@ class WindowRows {
 
   Vec<A> sum(int64_t i) {
     Vec<A> total = load(rows_[0] + i);
-    const int64_t count = kSize ? kSize : size_;
-    for (int64_t j = 1; j < count; ++j) total += load(rows_[j] + i);
+    for (int64_t j = 1; j < size_; ++j) total += load(rows_[j] + i);
     return total;
   }
 
@@ -60,7 +59,7 @@ inline void square_row(const S* x, A* squares, int64_t count) {
 
 // y = lrn(x) for `width` adjacent pixels of C channels, one channel after the other; rings hold
 // squares, so each element is read twice, the second time from L1. Same FLOPs as PixelNormalizer.
-template <class S, Beta kBeta, int kSize>
+template <class S, Beta kBeta>
 class PlaneNormalizer final : public LrnForward<S> {
   using A = compute_t<S>;
   static constexpr int64_t kWidth = kLanes<A>;
@@ -102,12 +101,12 @@ class PlaneNormalizer final : public LrnForward<S> {
 
   LrnWindow<A> window_;
   RowRing<A> squares_;
-  WindowRows<kSize, A> rows_;
+  WindowRows<A> rows_;
 };
 
 // gx as in PixelGradient. Three rings run one behind the other: squares, then products `after` rows
 // behind, then the gradient another `before` rows behind, whose mirrored window has closed by then.
-template <class S, class G, Beta kBeta, int kSize>
+template <class S, class G, Beta kBeta>
 class PlaneGradient final : public LrnBackward<S, G> {
   using A = compute_t<S>;
   static constexpr int64_t kWidth = kLanes<A>;
@@ -174,7 +173,7 @@ class PlaneGradient final : public LrnBackward<S, G> {
   RowRing<A> squares_;
   RowRing<A> products_;
   RowRing<A> direct_;
-  WindowRows<kSize, A> rows_;
+  WindowRows<A> rows_;
 };
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

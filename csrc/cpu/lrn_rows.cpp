@@ -4,6 +4,7 @@
 #include "lrn_pixels.h"
 #include "lrn_pixels5.h"
 #include "lrn_planes.h"
+#include "lrn_planes5.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
 template <class S>
@@ -12,8 +13,8 @@ std::unique_ptr<LrnForward<S>> make_lrn_forward(const LrnParams& params, const M
   const bool five = LrnWindow<float>(params, channels).is_five();
   return with_beta(params.beta, [&](auto beta) -> std::unique_ptr<LrnForward<S>> {
     if (!input.channels_last) {
-      if (five) return std::make_unique<PlaneNormalizer<S, beta(), 5>>(params, channels);
-      return std::make_unique<PlaneNormalizer<S, beta(), 0>>(params, channels);
+      if (five) return std::make_unique<PlaneNormalizer5<S, beta()>>(params, channels);
+      return std::make_unique<PlaneNormalizer<S, beta()>>(params, channels);
     }
     if (five) return std::make_unique<PixelNormalizer5<S, beta()>>(params, channels);
     return std::make_unique<PixelNormalizer<S, beta()>>(params, channels);
@@ -26,8 +27,8 @@ std::unique_ptr<LrnBackward<S, G>> make_lrn_backward(const LrnParams& params, co
   const bool five = LrnWindow<float>(params, channels).is_five();
   return with_beta(params.beta, [&](auto beta) -> std::unique_ptr<LrnBackward<S, G>> {
     if (!input.channels_last) {
-      if (five) return std::make_unique<PlaneGradient<S, G, beta(), 5>>(params, channels);
-      return std::make_unique<PlaneGradient<S, G, beta(), 0>>(params, channels);
+      if (five) return std::make_unique<PlaneGradient5<S, G, beta()>>(params, channels);
+      return std::make_unique<PlaneGradient<S, G, beta()>>(params, channels);
     }
     if (five) return std::make_unique<PixelGradient5<S, G, beta()>>(params, channels);
     return std::make_unique<PixelGradient<S, G, beta()>>(params, channels);

@@ -1,7 +1,8 @@
 // Max-pooling, forward and backward: threads, layouts and dtypes around the row kernels.
 #include "op_entries.h"
 #include "parallel.h"
-#include "pool_rows.h"
+#include "pool_pixels.h"
+#include "pool_planes.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
 namespace {

@@ -1,0 +1,193 @@
+// Local response normalization of NCHW planes for windows of five: four channels at a time, so that
+// their windows share loads and sums in registers.
+#pragma once
+#include "lrn_planes.h"
+
+namespace fastalex::cpu::FASTALEX_ISA {
+
+inline constexpr int64_t kSlice = 4;               // channels of one pass
+inline constexpr int64_t kSliceRows = kSlice + 4;  // channels that their windows reach
+inline constexpr int64_t kGradientBlock = 256;     // pixels whose rings of products stay in L1
+
+// sums[j] = v[j] + ... + v[j + 4]
+template <class V>
+inline void sums_of_five(const V (&v)[kSliceRows], V (&sums)[kSlice]) {
+  const V first = v[0] + v[1], inner = v[2] + v[3], outer = v[4] + v[5], last = v[6] + v[7];
+  const V middle = inner + outer;
+  sums[0] = (first + inner) + v[4];
+  sums[1] = v[1] + middle;
+  sums[2] = middle + v[6];
+  sums[3] = v[3] + (outer + last);
+}
+
+// The rows under the windows of channels [c, c + 4) of a group: zeros where the group has no such
+// channel.
+template <class T>
+struct SliceRows {
+  const T* rows[kSliceRows];
+
+  template <class RowOf>
+  SliceRows(int64_t c, int64_t channels, const T* zeros, RowOf&& row_of) {
+    for (int64_t j = 0; j < kSliceRows; ++j) {
+      const int64_t channel = c - 2 + j;
+      rows[j] = channel < 0 || channel >= channels ? zeros : row_of(channel);
+    }
+  }
+};
+
+// s^-beta for four bases, in `powers`: one question for all of them whether they are ordinary.
+template <Beta kBeta, class A>
+inline void inverse_powers(const Vec<A> (&s)[kSlice], A beta, Vec<A> (&powers)[kSlice]) {
+  StrangeValues<A> strange;
+  for (int64_t j = 0; j < kSlice; ++j) powers[j] = ordinary_power<kBeta>(s[j], beta, strange);
+  if (__builtin_expect(!strange.any(), 1)) return;
+  for (int64_t j = 0; j < kSlice; ++j) powers[j] = inverse_power<kBeta>(s[j], beta);
+}
+
+// y = lrn(x). Loads each input twice, the second time from L1, and stores each output once.
+template <class S, Beta kBeta>
+class PlaneNormalizer5 final : public LrnForward<S> {
+  using A = compute_t<S>;
+  static constexpr int64_t kWidth = kLanes<A>;
+
+ public:
+  PlaneNormalizer5(const LrnParams& params, int64_t channels) : window_(params, channels) {}
+
+  void run(const S* x, int64_t x_stride, S* y, int64_t y_stride, int64_t width) override {
+    for (int64_t first = 0; first < width; first += kPlaneBlock) {
+      const int64_t count = std::min(kPlaneBlock, width - first);
+      for (int64_t group = 0; group < window_.groups; ++group) {
+        const int64_t channel = group * window_.group_channels;
+        for (int64_t c = 0; c < window_.group_channels; c += kSlice) {
+          run_slice(x + channel * x_stride + first, x_stride, c,
+                    y + (channel + c) * y_stride + first, y_stride, count);
+        }
+      }
+    }
+  }
+
+  // Channels [c, c + 4) of a group, or those it has of them. x: its channel 0; y: channel c; at
+  // most kPlaneBlock pixels.
+  void run_slice(const S* x, int64_t x_stride, int64_t c, S* y, int64_t y_stride, int64_t count) {
+    const LrnWindow<A> window = window_;  // a copy that no store through y can alias
+    const int64_t channels = std::min(kSlice, window.group_channels - c);
+    const SliceRows<S> under(c, window.group_channels, zeros_,
+                             [&](int64_t channel) { return x + channel * x_stride; });
+    const S* ahead = x + (c + kSliceRows - 2) * x_stride;  // what the next slice adds
+    for (int64_t i = 0; i < count; i += kWidth) {
+      Vec<A> values[kSliceRows], squares[kSliceRows], sums[kSlice], powers[kSlice];
+      for (int64_t j = 0; j < kSliceRows; ++j) {
+        values[j] = load_up_to(under.rows[j] + i, count - i);
+        squares[j] = values[j] * values[j];
+      }
+      for (int64_t j = 0; j < kSlice; ++j) __builtin_prefetch(ahead + j * x_stride + i);
+      sums_of_five(squares, sums);
+      for (int64_t j = 0; j < kSlice; ++j) sums[j] = window.base(sums[j]);
+      inverse_powers<kBeta, A>(sums, window.beta, powers);
+      for (int64_t j = 0; j < kSlice; ++j) {
+        if (j < channels) store_up_to(y + j * y_stride + i, values[2 + j] * powers[j], count - i);
+      }
+    }
+  }
+
+ private:
+  LrnWindow<A> window_;
+  S zeros_[kPlaneBlock] = {};
+};
+
+// gx as in PixelGradient. One slice makes its products, and the slice before it, whose windows they
+// complete, its gradients.
+template <class S, class G, Beta kBeta>
+class PlaneGradient5 final : public LrnBackward<S, G> {
+  using A = compute_t<S>;
+  static constexpr int64_t kWidth = kLanes<A>;
+  static constexpr int64_t kProductRows = 3 * kSlice, kDirectRows = 2 * kSlice;
+
+ public:
+  PlaneGradient5(const LrnParams& params, int64_t channels)
+      : window_(params, channels),
+        products_(kProductRows * kGradientBlock),
+        direct_(kDirectRows * kGradientBlock) {}
+
+  void run(const G* g, int64_t g_stride, const S* x, int64_t x_stride, S* gx, int64_t gx_stride,
+           int64_t width) override {
+    for (int64_t first = 0; first < width; first += kGradientBlock) {
+      const int64_t count = std::min(kGradientBlock, width - first);
+      for (int64_t group = 0; group < window_.groups; ++group) {
+        const int64_t channel = group * window_.group_channels;
+        run_group(g + channel * g_stride + first, g_stride, x + channel * x_stride + first,
+                  x_stride, gx + channel * gx_stride + first, gx_stride, count);
+      }
+    }
+  }
+
+ private:
+  A* product(int64_t channel) { return products_.data() + channel % kProductRows * kGradientBlock; }
+  A* direct(int64_t channel) { return direct_.data() + channel % kDirectRows * kGradientBlock; }
+
+  void run_group(const G* g, int64_t g_stride, const S* x, int64_t x_stride, S* gx,
+                 int64_t gx_stride, int64_t count) {
+    const int64_t channels = window_.group_channels;
+    for (int64_t c = 0; c < channels + kSlice; c += kSlice) {
+      if (c < channels) multiply(g, g_stride, x, x_stride, c, count);
+      if (c >= kSlice) gather(x, x_stride, c - kSlice, gx, gx_stride, count);
+    }
+  }
+
+  // g s^-beta and g x s^(-beta - 1) of channels [c, c + 4).
+  void multiply(const G* g, int64_t g_stride, const S* x, int64_t x_stride, int64_t c,
+                int64_t count) {
+    const LrnWindow<A> window = window_;
+    const int64_t channels = std::min(kSlice, window.group_channels - c);
+    const SliceRows<S> under(c, window.group_channels, zeros_,
+                             [&](int64_t channel) { return x + channel * x_stride; });
+    A *product_rows[kSlice], *direct_rows[kSlice];
+    for (int64_t j = 0; j < kSlice; ++j) {
+      product_rows[j] = product(c + j);
+      direct_rows[j] = direct(c + j);
+    }
+    for (int64_t i = 0; i < count; i += kWidth) {
+      Vec<A> values[kSliceRows], squares[kSliceRows], sums[kSlice], powers[kSlice];
+      for (int64_t j = 0; j < kSliceRows; ++j) {
+        values[j] = load_up_to(under.rows[j] + i, count - i);
+        squares[j] = values[j] * values[j];
+      }
+      sums_of_five(squares, sums);
+      for (int64_t j = 0; j < kSlice; ++j) sums[j] = window.base(sums[j]);
+      inverse_powers<kBeta, A>(sums, window.beta, powers);
+      for (int64_t j = 0; j < kSlice; ++j) {
+        if (j >= channels) break;
+        const Vec<A> own = load_up_to(g + (c + j) * g_stride + i, count - i) * powers[j];
+        store(direct_rows[j] + i, own);
+        store(product_rows[j] + i, own * values[2 + j] / sums[j]);
+      }
+    }
+  }
+
+  void gather(const S* x, int64_t x_stride, int64_t c, S* gx, int64_t gx_stride, int64_t count) {
+    const int64_t channels = std::min(kSlice, window_.group_channels - c);
+    const Vec<A> coefficient = broadcast(A(-2) * window_.scale * window_.beta);
+    const SliceRows<A> under(c, window_.group_channels, zero_products_,
+                             [&](int64_t channel) { return product(channel); });
+    const A* direct_rows[kSlice];
+    for (int64_t j = 0; j < kSlice; ++j) direct_rows[j] = direct(c + j);
+    for (int64_t i = 0; i < count; i += kWidth) {
+      Vec<A> products[kSliceRows], sums[kSlice];
+      for (int64_t j = 0; j < kSliceRows; ++j) products[j] = load(under.rows[j] + i);
+      sums_of_five(products, sums);
+      for (int64_t j = 0; j < kSlice; ++j) {
+        if (j >= channels) break;
+        const Vec<A> v = coefficient * load_up_to(x + (c + j) * x_stride + i, count - i);
+        store_up_to(gx + (c + j) * gx_stride + i,
+                    fused_multiply_add(v, sums[j], load(direct_rows[j] + i)), count - i);
+      }
+    }
+  }
+
+  LrnWindow<A> window_;
+  Scratch<A> products_, direct_;
+  S zeros_[kGradientBlock] = {};
+  A zero_products_[kGradientBlock] = {};
+};
+
+}  // namespace fastalex::cpu::FASTALEX_ISA
