@@ -27,12 +27,15 @@ $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench,dev]'
 	touch $@
 
+# Most tests keep one core busy, so two processes share the files.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile
+
 test: build
-	$(BIN)/python -m pytest tests -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 # The slow tests too, and 20,000 random examples an operator.
 test-all: build
-	FASTALEX_EXAMPLES=$${FASTALEX_EXAMPLES:-20000} $(BIN)/python -m pytest tests -m 'not gpu'
+	FASTALEX_EXAMPLES=$${FASTALEX_EXAMPLES:-20000} $(PYTEST) -m 'not gpu'
 
 # Each fuzzer for so many seconds; needs clang++ with its runtime library.
 SECONDS ?= 600

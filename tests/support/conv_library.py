@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cpu" / "conv"
@@ -69,8 +70,9 @@ def _ninja_file() -> str:
 @cache
 def library() -> ctypes.CDLL:
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(_ninja_file())
-    subprocess.run(["ninja", "-C", str(BUILD), "-j2", "--quiet"], check=True)
+    with FileLock(BUILD / ".lock"):
+        (BUILD / "build.ninja").write_text(_ninja_file())
+        subprocess.run(["ninja", "-C", str(BUILD), "-j2", "--quiet"], check=True)
     lib = ctypes.CDLL(str(BUILD / "libconv.so"))
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
     signatures = {

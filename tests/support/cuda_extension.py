@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda_extension"
 ARCHITECTURE = "90a"
@@ -35,8 +37,10 @@ def build() -> Path:
     """The library; ninja rebuilds what changed."""
     before = os.environ.get("FASTALEX_CUDA_ARCH")
     os.environ["FASTALEX_CUDA_ARCH"] = ARCHITECTURE
+    BUILD.mkdir(parents=True, exist_ok=True)
     try:
-        setup_module().build(BUILD, ["_cuda"])
+        with FileLock(BUILD / ".lock"):
+            setup_module().build(BUILD, ["_cuda"])
     finally:
         os.environ.pop("FASTALEX_CUDA_ARCH")
         if before is not None:

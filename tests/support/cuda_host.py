@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from filelock import FileLock
 
 from fastalex import _cuda_native
 from fastalex._cuda_native import Launch
@@ -114,7 +115,7 @@ def build(variant: str = "plain", kernels: Path = KERNELS, units: Collection[str
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp")])
     chosen_from = [kernels if source.stem in units else KERNELS for source in sources]
     listed = [folder / source.name for folder, source in zip(chosen_from, sources, strict=True)]
-    with ThreadPoolExecutor(2) as pool:
+    with FileLock(BUILD / ".lock"), ThreadPoolExecutor(2) as pool:
         built = [str(o) for o in pool.map(compile_one, [*listed, *sorted(RUNTIME.glob("*.cpp"))])]
     torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     digest = hashlib.sha256(" ".join([*link, *built]).encode()).hexdigest()[:16]
