@@ -132,6 +132,23 @@ def test_max_pool_backward(host, case, layout, dtype):
     assert_within(gx, exact, sum_bound(absolute, windows) + rounding(exact, dtype))
 
 
+def test_max_pool_walks_down_bands_of_rows_where_there_are_many(host):
+    """Two output rows a thread, the last band of one: what more elements than an H100 has threads are dealt as."""
+    x = special_values(draw((4, 3, 215, 215), torch.float16, "nhwc"))
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1))
+    y, offsets = host.max_pool(x, *geometry, False, True)
+    expected, expected_offsets = reference.max_pool(x.float(), *geometry, False, True)
+    assert torch.equal(y.float().nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+    assert torch.equal(offsets, expected_offsets)
+    grad = draw(y.shape, torch.float16, "nhwc", seed=1)
+    gx = host.max_pool_backward(grad, offsets, x.shape[2:], *geometry)
+    forward, backward = host.launches()
+    assert forward.blocks == backward.blocks == 4 * -(-108 * 215 * 3 // 256)
+    exact = reference.max_pool_backward(grad.double(), offsets, x.shape[2:], *geometry)
+    absolute = reference.max_pool_backward(grad.double().abs(), offsets, x.shape[2:], *geometry)
+    assert_within(gx, exact, sum_bound(absolute, 9) + rounding(exact, torch.float16))
+
+
 @each(FUSED_CASES)
 @every_layout
 @every_dtype

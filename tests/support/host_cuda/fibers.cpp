@@ -292,7 +292,9 @@ HOST_CUDA_RUNTIME void sync_warp(unsigned mask, Exchange exchange) {
       fail("warp intrinsic: lanes of one mask are at different intrinsics");
   }
   if (all_here) {
+    observe(&scheduler.warp_edge[warp]);  // what the others brought
     if (exchange) exchange(meeting);
+    publish(&scheduler.warp_edge[warp]);  // what they get
     for (Fiber* other : meeting.lane)
       if (other) other->status = Status::kReady, scheduler.waiting[warp]--;
   } else {
