@@ -101,7 +101,7 @@ def conv_relu(fused: bool, *args: Any, **kwargs: Any) -> nn.Sequential:
 
 
 def linear(
-    fused: bool, activation: str, inputs: int, outputs: int, dropconnect: float
+    fused: bool, activation: str, inputs: int, outputs: int, dropconnect: float = 0.0
 ) -> tuple[nn.Module, nn.Module]:
     """A fully connected layer and its activation, as above; DropConnect has no fused layer."""
     if fused and activation == "relu" and not dropconnect:

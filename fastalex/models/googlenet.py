@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from fastalex.models._layers import (
     conv_relu,
     images,
+    linear,
     local_response_norm,
     max_pool,
     norm_and_pool,
     pool_layer,
 )
+from fastalex.ops import Linear
 
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 1.0, "groups": 1}
 
@@ -83,15 +85,16 @@ class AuxiliaryHead(nn.Sequential):
     """A small classifier on a middle layer, which brings gradients there in training."""
 
     def __init__(self, inputs: int, num_classes: int, dropout: float, fused: bool) -> None:
+        fc, relu = linear(fused, "relu", 128 * 4 * 4, 1024)
         super().__init__(
             OrderedDict(
                 pool=nn.AvgPool2d(5, 3),
                 conv=conv_relu(fused, inputs, 128, 1),
                 flatten=nn.Flatten(),
-                fc=nn.Linear(128 * 4 * 4, 1024),
-                relu=nn.ReLU(inplace=fused),
+                fc=fc,
+                relu=relu,
                 drop=nn.Dropout(dropout),
-                classifier=nn.Linear(1024, num_classes),
+                classifier=(Linear if fused else nn.Linear)(1024, num_classes),
             )
         )
 
@@ -160,7 +163,7 @@ class GoogLeNet(nn.Module):
                 head = AuxiliaryHead(inputs, num_classes, auxiliary_dropout, fused)
                 self.add_module(_AUXILIARY_AFTER[name], head)
         self.drop = nn.Dropout(dropout)
-        self.classifier = nn.Linear(inputs, num_classes)
+        self.classifier = (Linear if fused else nn.Linear)(inputs, num_classes)
         self._initialise()
 
     @torch.no_grad()

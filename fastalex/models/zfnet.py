@@ -7,9 +7,15 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from fastalex.models._layers import convolution, images, local_response_norm, max_pool
+from fastalex.models._layers import (
+    convolution,
+    images,
+    linear,
+    local_response_norm,
+    max_pool,
+)
 from fastalex.models.alexnet import LRN
-from fastalex.ops import FusedSequential
+from fastalex.ops import FusedSequential, Linear
 
 #: channels, kernel, stride, padding, and whether pooling and normalisation follow.
 _CONVOLUTIONS = (
@@ -68,17 +74,14 @@ class ZFNet(nn.Module):
                 layers[f"norm{n}"] = local_response_norm(fused, {**LRN, "groups": 1})
             inputs = channels
         self.features = (FusedSequential if fused else nn.Sequential)(layers)
-        self.classifier = nn.Sequential(
-            OrderedDict(
-                fc6=nn.Linear(256 * 6 * 6, 4096),
-                relu6=nn.ReLU(inplace=fused),
-                drop6=nn.Dropout(dropout),
-                fc7=nn.Linear(4096, 4096),
-                relu7=nn.ReLU(inplace=fused),
-                drop7=nn.Dropout(dropout),
-                fc8=nn.Linear(4096, num_classes),
-            )
-        )
+        classifier: OrderedDict[str, nn.Module] = OrderedDict()
+        inputs = 256 * 6 * 6
+        for n in (6, 7):
+            classifier[f"fc{n}"], classifier[f"relu{n}"] = linear(fused, "relu", inputs, 4096)
+            classifier[f"drop{n}"] = nn.Dropout(dropout)
+            inputs = 4096
+        classifier["fc8"] = (Linear if fused else nn.Linear)(inputs, num_classes)
+        self.classifier = nn.Sequential(classifier)
         self._initialise()
 
     @torch.no_grad()
