@@ -151,8 +151,8 @@ def write_json(
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> None:
-    """Speed-up over the baseline, a bar a provider and case, on a logarithmic axis."""
+def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> bool:
+    """Speed-up over the baseline, a bar a provider and case, on a logarithmic axis; False where no row has one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,7 @@ def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> None:
     }
     groups = {case: group for case, group in groups.items() if group}
     if not groups:
-        return
+        return False
     providers = list(dict.fromkeys(row.provider for group in groups.values() for row in group))
     figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.32 * len(groups)), layout="constrained")
     height = 0.8 / len(providers)
@@ -187,3 +187,4 @@ def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> None:
     axes.set_title(caption, fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+    return True

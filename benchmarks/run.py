@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, parity, report, roofline, runner
+from benchmarks import environment, html_report, parity, report, roofline, runner
 from benchmarks.cases import PEERS, PROVIDERS, Case, all_cases, select
 
 #: A default run starts no compilation after this; the longest takes most of a minute.
@@ -133,11 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     json_path = options.json or options.out / "results.json"
     report.write_json(json_path, rows, roof, checks, described)
-    report.plot(options.out / "speedup.png", rows, caption)
+    picture, page = options.out / "speedup.png", options.out / "report.html"
+    drawn = report.plot(picture, rows, caption)
+    plot = picture.read_bytes() if drawn else None
+    text = html_report.render(rows, options.providers, roof, checks, described, plot)
+    page.write_text(text, encoding="utf-8")
+    written = [json_path, *([picture] if drawn else []), page]
     if options.markdown:
         report.write_markdown(options.markdown, rows, options.providers, caption)
+        written.append(options.markdown)
     seconds = time.monotonic() - started
-    console.print(f"Wrote {json_path} and {options.out / 'speedup.png'} in {seconds:.0f} s")
+    console.print(f"Wrote {', '.join(map(str, written))} in {seconds:.0f} s")
     return 0
 
 

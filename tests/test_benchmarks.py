@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import json
 import math
+import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
 
 import fastalex
-from benchmarks import cases, memory, parity, photos, report, run, runner, timing
+from benchmarks import cases, html_report, memory, parity, photos, report, run, runner, timing
 from benchmarks.roofline import Roof
 from fastalex import costs
 from fastalex.ops._operator import REGISTRY
@@ -205,9 +208,100 @@ def test_a_run_writes_its_json_markdown_and_plot(monkeypatch, capsys, tmp_path):
         assert row["case"] == TINY
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["ratio"] > 0
-    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "speedup.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert f"data:image/png;base64,{base64.b64encode(picture).decode()}" in page
+    assert document["environment"]["versions"]["torch"] in page
     assert table.read_text().startswith("| case | eager | fastalex |")
     assert TINY in capsys.readouterr().out
+
+
+class Page(HTMLParser):
+    """What a browser would read: the tags with their attributes, and the texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+HOSTILE = "<script src='http://x.example/a.js'>&\"</script>"
+
+
+def page_of(rows: list[runner.Row], plot: bytes | None) -> str:
+    described = {
+        "cpu": HOSTILE,
+        "cores": 2,
+        "device": "cpu",
+        "isa": "avx2",
+        "threads": 2,
+        "python": "3.11.0",
+        "versions": {"torch": "2.14.1", "fastalex": "0.1.0"},
+        "commit": None,
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    roof = Roof(25e9, {torch.float32: 150e9})
+    checks = [parity.Check("lrn", "output", 1e-8, 1e-8, 3e-8)]
+    return html_report.render(rows, ["eager", "fastalex"], roof, checks, described, plot)
+
+
+def test_the_html_report_has_every_row_and_its_provenance():
+    names = [case.name for case in cases.all_cases()]
+    rows = [
+        runner.Row(name, provider, median_ms=123.0, ratio=ratio, pct_roofline=50.0)
+        for name in names
+        for provider, ratio in (("eager", 1.0), ("fastalex", 0.5))
+    ]
+    page = Page(page_of(rows, b"\x89PNG"))
+    assert page.open == []
+    assert [text for text in page.texts if text in set(names)] == names
+    assert [tag for tag, _ in page.tags].count("tr") == 1 + len(names)
+    for fact in ("2.14.1", "unknown: not a git checkout", "25.0 GB/s, measured in this run"):
+        assert fact in page.texts
+    assert "150 GFLOP/s, measured in this run" in page.texts
+    assert "1 of 1 quantities within their bounds of float64" in page.texts
+
+
+def test_the_html_report_loads_nothing_and_escapes_what_it_shows():
+    rows = [
+        runner.Row(HOSTILE, "eager", median_ms=1.0),
+        runner.Row(HOSTILE, "fastalex", note=HOSTILE),
+    ]
+    text = page_of(rows, b"\x89PNG")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "base", "object"}
+    references = [
+        attributes[name]
+        for _, attributes in page.tags
+        for name in attributes
+        if name in ("src", "href")
+    ]
+    assert [reference.partition(",")[0] for reference in references] == ["data:image/png;base64"]
+    assert not re.search(r"@import|url\(", text)
+    assert HOSTILE in page.texts  # the case's name, read back whole
+    assert "prefers-color-scheme: dark" in text
+    assert "width=device-width" in text
+
+
+def test_the_html_report_says_where_there_is_nothing_to_draw():
+    page = Page(page_of([runner.Row("lrn", "eager", median_ms=1.0)] * 2, None))
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert any("nothing to draw" in text for text in page.texts)
 
 
 def test_a_provider_that_cannot_run_leaves_a_reason(monkeypatch):
