@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# nvcc takes minutes an architecture: `make build FASTALEX_BUILD=cuda` asks for it, and FASTALEX_CUDA_ARCH=90a for one.
+# nvcc takes about five minutes of a core: `make build FASTALEX_BUILD=cuda` asks for it, and FASTALEX_CUDA_ARCH=90a for one.
 export FASTALEX_BUILD ?= cpu
 
 .PHONY: build venv test test-all fuzz bench gpu-check lint wheel abi clean

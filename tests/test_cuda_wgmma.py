@@ -17,7 +17,7 @@ from tests.support import cuda_host
 from tests.support.cases import LINEAR_CASES
 from tests.support.cuda_cases import assert_within, draw, rounding, sum_bound
 from tests.test_cuda_backend import fake, on_gpu
-from tests.test_cuda_conv import CASES, operands
+from tests.test_cuda_conv import ALEXNET, CASES, operands
 
 needs_host = pytest.mark.skipif(
     cuda_host.unavailable() is not None, reason=str(cuda_host.unavailable())
@@ -49,17 +49,29 @@ def served(case) -> bool:
     return case[0][1] // case[-1] % 8 == 0
 
 
-@needs_host
-@both_dtypes
-@pytest.mark.parametrize("name", [name for name in ALL if served(ALL[name])])
-def test_forward(host, name, dtype):
-    x, weight, bias, fan_in = operands(ALL[name], dtype, "nhwc")
-    geometry = ALL[name][3:]
+def check_forward(host, case, dtype):
+    x, weight, bias, fan_in = operands(case, dtype, "nhwc")
+    geometry = case[3:]
     y = host.conv_relu(x, weight, bias, *geometry)
     assert any("WgmmaMath" in launch.kernel for launch in host.launches())
     exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry).relu()
     absolute = F.conv2d(x.double().abs(), weight.double().abs(), bias.double().abs(), *geometry)
     assert_within(y, exact, sum_bound(absolute, fan_in + 1) + rounding(exact, dtype))
+
+
+@needs_host
+@both_dtypes
+@pytest.mark.parametrize("name", [name for name in ALL if served(ALL[name])])
+def test_forward(host, name, dtype):
+    check_forward(host, ALL[name], dtype)
+
+
+@needs_host
+@pytest.mark.slow
+@both_dtypes
+@pytest.mark.parametrize("name", [name for name in ALEXNET if served(ALEXNET[name])])
+def test_alexnet_layers_at_full_size(host, name, dtype):
+    check_forward(host, ALEXNET[name], dtype)
 
 
 @needs_host
