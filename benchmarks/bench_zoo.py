@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastalex
 from benchmarks.cases import PEERS, Case, Prepared, Unavailable, compiled
-from fastalex import models
+from fastalex import costs, models
 
 TORCHVISION = (
     "alexnet", "vgg16", "squeezenet1_1", "googlenet", "resnet18", "resnet50", "densenet121",
@@ -49,6 +49,43 @@ def _lpips(copy_of: str, net: str = "alex") -> nn.Module:
         raise Unavailable(f"{copy_of} is not installed: pip install 'fastalex[zoo]'") from failure
 
 
+_COUNTED = (nn.Conv2d, nn.Linear, nn.LocalResponseNorm, nn.MaxPool2d)
+
+
+def _costs(module: Any, inputs: tuple[Tensor], output: Tensor) -> Iterator[costs.Cost]:
+    """Of one layer's call, and of the gradient with respect to its input where that will follow.
+
+    Pointwise layers count nothing: each can be part of its neighbour.
+    """
+    (input,) = inputs
+    wanted = output.requires_grad, False, False
+    if isinstance(module, nn.Conv2d):
+        geometry = module.stride, module.padding, module.dilation, module.groups
+        yield costs.conv_relu(input, module.weight, module.bias, *geometry)
+        if wanted[0]:
+            yield costs.conv_relu_backward(output, output, input, module.weight, *geometry, wanted)
+    elif isinstance(module, nn.Linear):
+        yield costs.linear_relu(input, module.weight, module.bias, False)
+        if wanted[0]:
+            yield costs.linear_relu_backward(output, None, input, module.weight, wanted)
+    elif isinstance(module, nn.LocalResponseNorm):
+        window = module.size, module.alpha / module.size, module.beta, module.k
+        groups = getattr(module, "groups", 1)
+        yield costs.lrn(input, *window, groups)
+        if wanted[0]:
+            yield costs.lrn_backward(output, input, *window, groups)
+    else:
+        size, stride, padding, dilation = (
+            (value, value) if isinstance(value, int) else value
+            for value in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        yield costs.max_pool(input, size, stride, padding, dilation, module.ceil_mode, wanted[0])
+        if wanted[0]:
+            offsets = torch.empty_like(output, dtype=torch.uint8)
+            sides = input.shape[-2:]
+            yield costs.max_pool_backward(output, offsets, sides, size, stride, padding, dilation)
+
+
 @dataclass(frozen=True)
 class Network:
     """How to build it, and the shapes of its inputs."""
@@ -65,8 +102,8 @@ class Network:
             torch.manual_seed(0)
             net = self.build().eval().requires_grad_(False).to(device)
             inputs = [torch.rand(shape).to(device) for shape in self.shapes]
-        if provider == "fastalex":
-            fastalex.optimize(net)
+        note = fastalex.optimize(net).summary() if provider == "fastalex" else None
+        done: dict[str, Any] = {"costs": self.costs(), "note": note and note.replace("\n", "; ")}
         forward: Callable[..., Tensor] = net
         if provider == "compile":
             forward = compiled(net, freezing=not self.to_images)
@@ -75,13 +112,27 @@ class Network:
             return Prepared(
                 lambda: torch.autograd.grad(forward(*inputs).sum(), inputs[0]),
                 tuple(net.parameters()),
+                **done,
             )
 
         def call() -> object:
             with torch.no_grad():
                 return forward(*inputs)
 
-        return Prepared(call, tuple(net.parameters()))
+        return Prepared(call, tuple(net.parameters()), **done)
+
+    def costs(self) -> tuple[costs.Cost, ...]:
+        """What the stock network's convolutions, linear layers, LRN and max-pools cost, one after another."""
+        with torch.device("meta"):
+            net = self.build()
+        net.to("meta").eval().requires_grad_(False)
+        found: list[costs.Cost] = []
+        for module in net.modules():
+            if isinstance(module, _COUNTED):
+                module.register_forward_hook(lambda *call: found.extend(_costs(*call)))
+        first, *others = (torch.empty(shape, device="meta") for shape in self.shapes)
+        net(first.requires_grad_(self.to_images), *others)
+        return tuple(found)
 
     def results(self, dtype: torch.dtype, optimised: bool) -> Tensor:
         """The output, or the images' gradient, for the check of parity."""

@@ -26,10 +26,15 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A provider made ready: the call to time, and the weights that don't count as activations."""
+    """A provider made ready: the call to time, and the weights that don't count as activations.
+
+    ``costs`` are those of a case that cannot know its own before a model is built; ``note`` is shown under the table.
+    """
 
     call: Call
     parameters: Sequence[Tensor] = ()
+    costs: tuple[Cost, ...] = ()
+    note: str | None = None
 
 
 @dataclass(frozen=True)

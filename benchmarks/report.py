@@ -79,7 +79,7 @@ def legend(roof: Roof, environment: dict[str, Any]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Why providers have no time, each reason once."""
+    """Why providers have no time, and what was done where they have one; each once."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.note is not None:

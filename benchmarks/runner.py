@@ -19,7 +19,7 @@ QUICK_SECONDS, FULL_SECONDS = 0.6, 3.0  # of sampling a case
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's result in one case; ``note`` says why where there is no time."""
+    """One provider's result in one case; ``note`` says why where there is no time, or what was done."""
 
     case: str
     provider: str
@@ -67,14 +67,16 @@ def prepare(
 def _row(
     case: Case,
     provider: str,
+    prepared: Prepared,
     timing: Timing,
     first: float,
     roof: Roof | None,
     memories: tuple[float, float] | None,
 ) -> Row:
     percent = None
-    if roof is not None and case.costs:
-        percent = 100 * roof.seconds(case.costs, case.dtype) / timing.median
+    costs = case.costs or prepared.costs
+    if roof is not None and costs:
+        percent = 100 * roof.seconds(costs, case.dtype) / timing.median
     peak, saved = memories if memories is not None else (None, None)
     return Row(
         case.name,
@@ -87,6 +89,7 @@ def _row(
         peak,
         saved,
         first * 1e3,
+        prepared.note,
     )
 
 
@@ -110,5 +113,5 @@ def run_case(
                 memory.peak_mib(prepared.call, device),
                 memory.saved_mib(prepared.call, prepared.parameters),
             )
-        rows.append(_row(case, provider, timing, first[provider], roof, memories))
+        rows.append(_row(case, provider, prepared, timing, first[provider], roof, memories))
     return sorted(rows, key=lambda row: providers.index(row.provider))

@@ -11,9 +11,21 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from torch import nn
 
 import fastalex
-from benchmarks import cases, html_report, memory, parity, photos, report, run, runner, timing
+from benchmarks import (
+    bench_zoo,
+    cases,
+    html_report,
+    memory,
+    parity,
+    photos,
+    report,
+    run,
+    runner,
+    timing,
+)
 from benchmarks.roofline import Roof
 from fastalex import costs
 from fastalex.ops._operator import REGISTRY
@@ -135,6 +147,38 @@ def test_alexnet_costs_add_up():
     multiply_adds += 32 * (9216 * 4096 + 4096 * 4096 + 4096 * 1000)
     flops = sum(cost.flops for cost in case.costs)
     assert 2 * multiply_adds < flops < 2 * multiply_adds * 1.01  # the rest is LRN, pools, biases
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.LocalResponseNorm(5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+    )
+
+
+@pytest.mark.parametrize("to_images", [False, True])
+def test_a_row_of_the_zoo_has_a_roofline_and_tells_what_was_replaced(to_images):
+    network = bench_zoo.Network("zoo/small", small_network, ((2, 3, 8, 8),), to_images)
+    case = cases.Case(network.name, network.name, torch.float32, network.prepare, ())
+    map = torch.empty(2, 4, 6, 6, device="meta")  # 288 elements, 27 multiply-adds each
+    forward = [288 * (2 * 27 + 2), 288 * 9, 72 * 3, 10 * (2 * 36 + 1)]
+    backward = [288 * (1 + 2 * 27), costs.lrn_backward(map, map, 5, 1e-4, 0.75, 1.0, 1).flops]
+    backward += [72, 10 * 2 * 36]
+    both = [flops for pair in zip(forward, backward, strict=True) for flops in pair]
+    assert [cost.flops for cost in network.costs()] == (both if to_images else forward)
+
+    roof = Roof(1e10, {torch.float32: 1e11})
+    stock, fused = runner.run_case(case, ["eager", "fastalex"], CPU, roof, full=False)
+    least = 1e3 * roof.seconds(network.costs(), torch.float32)
+    assert fused.pct_roofline == pytest.approx(100 * least / fused.median_ms)
+    assert stock.note is None
+    (note,) = report.notes([stock, fused])
+    assert "1 LocalResponseNorm + MaxPool2d -> lrn_max_pool" in note
+    assert "kept 1: 1 Linear (zoo/small)" in note
 
 
 def test_roof_takes_the_slower_of_memory_and_arithmetic():
