@@ -92,8 +92,9 @@ class KernelTable:
         name = _forced.get()
         if name is not None:
             return self._forced_kernel(name, args)
+        measured = args[0].device.type in _tuning.DEVICES  # elsewhere nobody has a rival
         for kernel in self.kernels:
-            if self._refusal(kernel, args) is None:
+            if (self._refusal(kernel, args) if measured else kernel.refuse(*args)) is None:
                 return kernel
         reasons = "; ".join(f"{k.backend}: {k.refuse(*args)}" for k in self.kernels)
         raise BackendError(f"no backend can run {self.op}: {reasons}")
