@@ -140,6 +140,28 @@ def test_backward(backend, precision, dtype, case):
             bounds.assert_within(actual, right, bounds.sum_bound(magnitude, count, right, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("case", [case for case in OPERATOR_CASES if case.bias][:4], ids=str)
+@pytest.mark.parametrize("backend", backends_of(CONV_RELU_BACKWARD))
+def test_the_bias_gradient_by_itself(backend, case, dtype):
+    """Frozen weights ask for it: no weight gradient is made, and threads change no bit."""
+    skip_unserved(backend, dtype)
+    for layouts in GRADIENT_LAYOUTS:
+        arguments, expected, magnitudes = backward_problem(case, dtype, *layouts)
+        results, before = [], torch.get_num_threads()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with running(backend):
+                grads = CONV_RELU_BACKWARD.run(*arguments[:-1], [False, False, True])
+            torch.set_num_threads(before)
+            assert [g.numel() for g in grads[:2]] == [0, 0]
+            results.append(grads[2])
+        assert backend == "torch" or torch.equal(*results)
+        pixels = arguments[1][:, 0].numel()
+        bound = bounds.sum_bound(magnitudes[2], pixels, expected[2], dtype)
+        bounds.assert_within(results[0], expected[2], bound)
+
+
 @pytest.mark.parametrize("backend", backends_of(CONV_RELU))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

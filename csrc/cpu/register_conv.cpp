@@ -6,9 +6,12 @@
 #include <atomic>
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "conv/scalar.h"
 #include "conv_call.h"
 #include "library.h"
+#include "parallel.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -229,6 +232,46 @@ Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& 
   return result;
 }
 
+// The sum of each output channel's gradient, where nobody wants the weight's with it: an image at a
+// time, the images in their order, whatever the threads.
+void bias_gradient(const Problem& problem, const Tensor& grad, const Tensor& output, void* sums) {
+  const int64_t channels = problem.out_channels, width = problem.out_width();
+  const ConstTensor g = conv_view(grad), mask = conv_view(output);
+  std::vector<double> by_image(problem.batch * channels, 0.0);
+  parallel_for(problem.batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(width * channels);
+    for (int64_t n = begin; n < end; ++n) {
+      double* total = by_image.data() + n * channels;
+      for (int64_t y = 0; y < problem.out_height(); ++y) {
+        conv::GatherCall call{};
+        const auto row_of = [&](const ConstTensor& t) {
+          return conv::element_at(t.data, problem.dtype, n * t.strides.n + y * t.strides.h);
+        };
+        call.data = row_of(g);
+        call.dtype = problem.dtype;
+        call.pixel_stride = g.strides.w;
+        call.channel_stride = g.strides.c;
+        call.mask = row_of(mask);
+        call.mask_pixel_stride = mask.strides.w;
+        call.mask_channel_stride = mask.strides.c;
+        call.pixels = width;
+        call.channels = call.padded_channels = problem.out_channels;
+        call.out = row.data();
+        call.out_stride = channels;
+        kernels().conv().gather(call);
+        for (int64_t i = 0; i < width; ++i) {
+          for (int64_t c = 0; c < channels; ++c) total[c] += row[i * channels + c];
+        }
+      }
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0;
+    for (int64_t n = 0; n < problem.batch; ++n) sum += by_image[n * channels + c];
+    conv::write_element(sums, problem.dtype, c, static_cast<float>(sum));
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const Tensor& output,
                                                       const Tensor& input, const Tensor& weight,
                                                       const Tensor& packed_numbers) {
@@ -248,14 +291,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const 
   grad_input =
       wants_input ? input_gradient(problem, grad, output, input, weight) : create_vector(input, 0);
   grad_weight = create_vector(input, 0);
-  if (wants_weight || wants_bias) {
+  if (wants_bias && !wants_weight) {
+    bias_gradient(problem, grad, output, grad_bias.mutable_data_ptr());
+  } else if (wants_weight) {
     const auto sizes = weight.sizes();
     Tensor result = create_like(weight, {sizes[0], sizes[1], sizes[2], sizes[3]});
     const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kWeightGradient);
     const ScratchLease scratch(plan->scratch_bytes());
     plan->weight_gradient({conv_view(grad), conv_view(output), conv_view(input), target(result),
                            wants_bias ? grad_bias.mutable_data_ptr() : nullptr, scratch.data()});
-    if (wants_weight) grad_weight = result;
+    grad_weight = result;
   }
   return {grad_input, grad_weight, grad_bias};
 }
