@@ -181,12 +181,18 @@ Weights scaled_weights(const Plan& plan, const Tensor& weight, const Tensor& sca
 }
 
 Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
-               const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& residual) {
   const std::optional<Tensor> scale_row = channel_row(scale, "scale", input, weight),
                               bias_row = channel_row(bias, "bias", input, weight);
   STD_TORCH_CHECK(!scale || problem.dtype == DType::kFloat32, "fastalex: scale takes float32");
   const Tensor output = create_like(
       input, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
+  STD_TORCH_CHECK(!residual || (residual->is_cpu() && residual->dim() == 4 &&
+                                std::equal(output.sizes().begin(), output.sizes().end(),
+                                           residual->sizes().begin()) &&
+                                dtype_code(*residual) == dtype_code(input)),
+                  "fastalex: residual has the output's sizes and the input's dtype");
   if (problem.batch == 0) return output;
   const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kForward);
   const Tensor dense = dense_weight(weight);
@@ -200,22 +206,25 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
                  weights.packed->data(),
                  target(output),
                  scratch.data(),
-                 {}});
+                 {},
+                 residual ? conv_view(*residual) : ConstTensor{}});
   return output;
 }
 
 Tensor conv_relu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                  const Tensor& packed_numbers) {
   Numbers numbers(packed_numbers, kGeometryNumbers);
-  return forward(conv_problem(input, weight, numbers), input, weight, std::nullopt, bias);
+  return forward(conv_problem(input, weight, numbers), input, weight, std::nullopt, bias,
+                 std::nullopt);
 }
 
 Tensor conv_inference(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
-                      const std::optional<Tensor>& bias, const Tensor& packed_numbers) {
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                      const Tensor& packed_numbers) {
   Numbers numbers(packed_numbers, kGeometryNumbers + 1);
   Problem problem = conv_problem(input, weight, numbers);
   problem.relu = numbers.integer() != 0;
-  return forward(problem, input, weight, scale, bias);
+  return forward(problem, input, weight, scale, bias, residual);
 }
 
 Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& output,
@@ -331,10 +340,10 @@ void force_conv_engine(int64_t engine, int64_t tile) {
 // numbers, in this order: stride, padding and dilation, each height first, and groups.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cpu, m) {
   m.def("conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor numbers) -> Tensor");
-  // Then whether a ReLU follows. Inference alone: conv2d(input, weight * scale) + bias.
+  // Then whether a ReLU follows. Inference alone: conv2d(input, weight * scale) + bias + residual.
   m.def(
-      "conv_inference(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor numbers) -> "
-      "Tensor");
+      "conv_inference(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, "
+      "Tensor numbers) -> Tensor");
   // Then whether the gradients of input, weight and bias are wanted.
   m.def(
       "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, Tensor numbers) "

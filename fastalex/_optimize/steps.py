@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import _onnx, ops
+from fastalex._geometry import pooled_size
 from fastalex._optimize.fold import gain_and_bias, scaled
 from fastalex.backends import forced
 from fastalex.models._layers import TowerLocalResponseNorm
@@ -87,11 +88,48 @@ def convolution_add(
     input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
 ) -> Tensor:
     """relu(norm(conv(input)) + other), as at the end of a residual block."""
+    merged = _convolve_and_add(input, other, conv, norm, relu)
+    if merged is not None:
+        return merged
     output = convolution(input, conv, norm)
     if output.requires_grad or output.shape != other.shape or output.dtype is not other.dtype:
         return _rectify(output + other, relu)
     output += other  # nobody else has seen it
     return _rectify_own(output) if relu is True or _plain_relu(relu) else _rectify(output, relu)
+
+
+def _convolve_and_add(
+    input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None, relu: ReLU
+) -> Tensor | None:
+    """The same in one pass of the CPU engine, which adds while the sums are in cache; None where it cannot."""
+    if not (_plain(conv, nn.Conv2d) and _plain_relu(relu) and _real(input) and _real(other)):
+        return None
+    weight: Tensor = conv.weight
+    bias, gain = conv.bias, None
+    if (
+        not (norm is None or (isinstance(norm, nn.BatchNorm2d) and _folds(norm, weight)))
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or not _on_engine(input, weight, bias, other)
+        or other.dtype is not input.dtype
+        or _cpu_conv.refuse(input, weight, bias, conv.stride, conv.padding, conv.dilation)
+    ):
+        return None
+    geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    sides = []
+    for d, side in enumerate(input.shape[2:]):
+        numbers: Any = (*(pair[d] for pair in geometry), False)
+        sides.append(pooled_size(side, *numbers))
+    if other.shape != (input.shape[0], conv.out_channels, *sides):  # broadcast
+        return None
+    if norm is not None:
+        gain, bias = gain_and_bias(conv, norm)
+        if not _on_engine(input, weight, gain, bias):
+            return None
+        if gain.dtype is not torch.float32:
+            weight, gain = scaled(weight, gain), None
+    arguments: Any = (*geometry[1:], conv.groups, relu is not None, other)
+    return _cpu_conv.inference(input, weight, gain, bias, *arguments)
 
 
 def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:

@@ -99,11 +99,12 @@ def inference(
     dilation: Ints,
     groups: int,
     relu: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """conv2d(input, weight * scale) + bias, the scale by output channel in float32; no gradient."""
+    """conv2d(input, weight * scale) + bias + residual, the scale by output channel in float32; no gradient."""
     watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups, relu)
-    return _inference(input, weight, scale, bias, numbers)  # type: ignore[no-any-return]
+    return _inference(input, weight, scale, bias, residual, numbers)  # type: ignore[no-any-return]
 
 
 def conv_relu_backward(

@@ -92,6 +92,8 @@ struct ForwardCall {
   Tensor output;  // unused where the problem is by_image
   void* scratch;  // plan.scratch_bytes()
   ImageSink sink;
+  // Of the output's sizes, added before the ReLU; data null: none. Not for by_image.
+  ConstTensor residual = {};
 };
 
 struct InputGradientCall {

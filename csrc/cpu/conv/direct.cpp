@@ -113,14 +113,21 @@ class DirectRun {
         geometry_(part.geometry),
         panels_{part.geometry.filters, kernels.lanes},
         source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
-        target_(kernels, part, operands.dtype, operands.output),
+        target_(kernels, part, operands),
         memory_(part, panels_, operands.scratch, operands.threads) {
     read_bias(panels_, geometry_.groups, operands.dtype, operands.bias, memory_.bias);
     in_place_ = source_.in_place() && covered(geometry_);
     flat_ = !part.by_image && in_place_ && pointwise(geometry_) && target_.in_place() &&
             one_row(operands.input.strides, geometry_) &&
             one_row({operands.output.strides.n, 1, target_.row_stride(), target_.pixel_stride()},
-                    geometry_);
+                    geometry_) &&
+            (!operands.residual.data || one_row(operands.residual.strides, geometry_));
+    flat_pixels_ = part.direct.pixels_per_band;
+    if (operands.residual.data) {  // the band's results stay in L2 until the residual is added
+      constexpr int64_t kResultBytes = 256 << 10, kMinPixels = 64;
+      flat_pixels_ =
+          std::min(flat_pixels_, std::max(kMinPixels, kResultBytes / (4 * geometry_.filters)));
+    }
     const ptrdiff_t band_pixel = geometry_.channels;
     pixel_stride_ = in_place_ ? source_.pixel_stride() : band_pixel;
     row_stride_ = in_place_ ? source_.row_stride() : band_pixel * band_width(geometry_);
@@ -147,7 +154,7 @@ class DirectRun {
 
   void run_bands() const {
     const int splits = part_.direct.filter_splits;
-    const int64_t bands = flat_ ? ceil_div(pixels(), part_.direct.pixels_per_band)
+    const int64_t bands = flat_ ? ceil_div(pixels(), flat_pixels_)
                                 : ceil_div(geometry_.out_height, part_.direct.rows_per_band);
     const int64_t images = flat_ ? 1 : geometry_.images;
     run_jobs(geometry_.groups * images * bands * splits, operands_.threads,
@@ -191,6 +198,10 @@ class DirectRun {
                    out.data + row * out.row_stride, out.pixel_stride);
         }
       }
+      for (int row = 0; row < rows; ++row) {
+        target.add_residual(image, group, panels_.first(panel), panels_.valid(panel), y + row, 0,
+                            g.out_width, out.data + row * out.row_stride, out.pixel_stride);
+      }
       if (out.staged) {
         for (int row = 0; row < rows; ++row) {
           target.write_row(image, group, panels_.first(panel), panels_.valid(panel), y + row, 0,
@@ -202,8 +213,8 @@ class DirectRun {
 
   void run_flat_band(int group, int64_t band, int first_panel, int last_panel,
                      const Memory::Worker& w) const {
-    const int64_t first = band * part_.direct.pixels_per_band;
-    const int64_t count = std::min(part_.direct.pixels_per_band, pixels() - first);
+    const int64_t first = band * flat_pixels_;
+    const int64_t count = std::min(flat_pixels_, pixels() - first);
     const float* a = source_.pixel(0, group, 0) + first * pixel_stride_;
     for (int panel = first_panel; panel < last_panel; ++panel) {
       const Destination out = destination(target_, 0, group, panel, 0, first, w.staging, 0);
@@ -211,10 +222,20 @@ class DirectRun {
         multiply(group, panel, pass, a, count, out.data, out.pixel_stride);
       }
       if (out.staged) {
+        target_.add_residual(0, group, panels_.first(panel), panels_.valid(panel), 0, first, count,
+                             out.data, out.pixel_stride);
         target_.write_row(0, group, panels_.first(panel), panels_.valid(panel), 0, first, count,
                           out.data, out.pixel_stride);
       }
     }
+    // Whole pixels at a time: a panel's share of a residual would be pieces far apart in memory.
+    const int filter = panels_.first(first_panel);
+    const int last = panels_.valid(last_panel - 1);
+    const bool staged = last % kernels_.lanes != 0;
+    const int filters = panels_.first(last_panel - 1) + (staged ? 0 : last) - filter;
+    target_.add_residual(0, group, filter, filters, 0, first, count,
+                         static_cast<float*>(target_.pixel(0, group, filter, 0, first)),
+                         target_.pixel_stride());
   }
 
   struct Destination {
@@ -250,7 +271,7 @@ class DirectRun {
     call.c_stride = c_stride;
     call.accumulate = pass > 0;
     call.bias = last ? memory_.bias + padded_before : nullptr;
-    call.relu = last && operands_.relu;
+    call.relu = last && operands_.relu_in_kernel();
     kernels_.gemm(call);
   }
 
@@ -263,6 +284,7 @@ class DirectRun {
   const OutputTarget target_;
   const Memory memory_;
   bool in_place_ = false, flat_ = false;
+  int64_t flat_pixels_ = 0;  // of a flat band
   ptrdiff_t pixel_stride_ = 0, row_stride_ = 0;
   std::vector<TermPass> passes_;
 };

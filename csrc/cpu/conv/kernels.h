@@ -144,6 +144,19 @@ struct ScatterCall {
   int64_t channel_stride;
 };
 
+// out[pixel * out_stride + channel] += data's value, then ReLU where asked; NaN stays.
+struct AddCall {
+  const void* data;
+  DType dtype;
+  int64_t pixel_stride;
+  int64_t channel_stride;
+  int64_t pixels;
+  int channels;
+  bool relu;
+  float* out;
+  ptrdiff_t out_stride;
+};
+
 // sums[row][dot_outputs] (+)= x[row] . w[output], each sum spread over the lanes of one vector, so
 // that the rows of both matrices are read as they lie in memory.
 struct DotCall {
@@ -166,6 +179,7 @@ struct ConvKernels {
   void (*outer)(const OuterCall&);
   void (*gather)(const GatherCall&);
   void (*scatter)(const ScatterCall&);
+  void (*add)(const AddCall&);
   void (*dot)(const DotCall&);
   // out[i] = the sum of vector i's lanes, through ReLU if asked; `count` is a multiple of the
   // lanes.

@@ -67,6 +67,12 @@ float output_value(const Part& part, const Operands& operands, const Pixels& pix
   if (operands.bias) {
     sum += read_element(operands.bias, operands.dtype, int64_t{group} * g.filters + filter);
   }
+  if (operands.residual.data) {
+    const Strides& s = operands.residual.strides;
+    const int64_t channel = int64_t{group} * g.filters + filter;
+    sum += read_element(operands.residual.data, operands.dtype,
+                        image * s.n + channel * s.c + y * s.h + x * s.w);
+  }
   return operands.relu && sum < 0.0f ? 0.0f : sum;
 }
 

@@ -9,6 +9,11 @@ class OutputTarget {
  public:
   OutputTarget(const ConvKernels& kernels, const Part& part, DType dtype, const Tensor& output)
       : kernels_(kernels), part_(part), dtype_(dtype), output_(output) {}
+  OutputTarget(const ConvKernels& kernels, const Part& part, const Operands& operands)
+      : OutputTarget(kernels, part, operands.dtype, operands.output) {
+    residual_ = operands.residual;
+    relu_ = operands.relu;
+  }
 
   // One image for a sink: dense, channels last, float, wherever its index.
   static OutputTarget image(const ConvKernels& kernels, const Part& part, float* data) {
@@ -34,6 +39,26 @@ class OutputTarget {
                           (phase.first_w + x * phase.step_w) * s.w);
   }
 
+  // Where there is a residual: adds it to one row of finished sums, data[x * stride + filter -
+  // first], while they are in cache, and then does the ReLU.
+  void add_residual(int64_t image, int group, int filter, int filters, int y, int64_t x,
+                    int64_t pixels, float* data, ptrdiff_t stride) const {
+    if (!residual_.data) return;
+    const Strides& s = residual_.strides;
+    const int64_t channel = int64_t{group} * part_.geometry.filters + filter;
+    AddCall call{};
+    call.data = element_at(residual_.data, dtype_, image * s.n + channel * s.c + y * s.h + x * s.w);
+    call.dtype = dtype_;
+    call.pixel_stride = s.w;
+    call.channel_stride = s.c;
+    call.pixels = pixels;
+    call.channels = filters;
+    call.relu = relu_;
+    call.out = data;
+    call.out_stride = stride;
+    kernels_.add(call);
+  }
+
   // Converts one row of pixels, data[x * stride + filter - first], into the caller's tensor.
   void write_row(int64_t image, int group, int filter, int filters, int y, int64_t x,
                  int64_t pixels, const float* data, ptrdiff_t stride) const {
@@ -54,6 +79,8 @@ class OutputTarget {
   const Part& part_;
   DType dtype_;
   Tensor output_;
+  ConstTensor residual_;
+  bool relu_ = false;
 };
 
 }  // namespace fastalex::cpu::conv

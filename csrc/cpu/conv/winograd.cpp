@@ -176,7 +176,7 @@ class WinogradRun {
         choice_(part.winograd),
         panels_{part.geometry.filters, kernels.lanes},
         source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
-        target_(kernels, part, operands.dtype, operands.output),
+        target_(kernels, part, operands),
         memory_(part, panels_, operands.scratch, operands.threads),
         transform_(part, source_, memory_.zeros) {
     std::fill_n(memory_.zeros, zero_row_floats(geometry_), 0.0f);
@@ -373,21 +373,30 @@ class WinogradRun {
     call.vectors = panels_.vectors(panel);
     call.channels = filters;
     call.bias = memory_.bias + int64_t{group} * panels_.padded() + filter;
-    call.relu = operands_.relu;
+    call.relu = operands_.relu_in_kernel();
     call.columns = choice_.columns;
     call.big_row = row < choice_.rows.big;
     call.nonfinite = nonfinite.data();
     const int tile_rows = call.big_row ? big : big - 1;
+    const auto add_residual = [&] {
+      for (int i = 0; i < tile_rows; ++i) {
+        sink.target.add_residual(target_image, group, filter, filters, y + i, 0,
+                                 geometry_.out_width, call.output + i * call.row_stride,
+                                 call.pixel_stride);
+      }
+    };
     if (sink.target.in_place()) {
       call.output = static_cast<float*>(sink.target.pixel(target_image, group, filter, y, 0));
       call.pixel_stride = sink.target.pixel_stride();
       call.row_stride = sink.target.row_stride();
       choice_.kernels->output_row(call);
+      add_residual();
     } else {
       call.output = w.staging;
       call.pixel_stride = panels_.width();
       call.row_stride = int64_t{geometry_.out_width} * panels_.width();
       choice_.kernels->output_row(call);
+      add_residual();
       for (int i = 0; i < tile_rows; ++i) {
         sink.target.write_row(target_image, group, filter, filters, y + i, 0, geometry_.out_width,
                               w.staging + i * call.row_stride, call.pixel_stride);

@@ -9,6 +9,7 @@
 namespace fastalex::cpu::FASTALEX_ISA {
 namespace {
 
+using conv::AddCall;
 using conv::GatherCall;
 using conv::ScatterCall;
 
@@ -172,6 +173,53 @@ void scatter_strided(const ScatterCall& call) {
   }
 }
 
+// Channels adjacent: vectors of channels, pixel by pixel.
+template <class S>
+void add_channels_last(const AddCall& call) {
+  const S* in = static_cast<const S*>(call.data);
+  float* out = call.out;
+  const auto sum = [relu = call.relu](F32 a, F32 b) {
+    const F32 value = a + b;
+    return relu ? (value < 0.0f ? F32{} : value) : value;
+  };
+  for (int64_t p = 0; p < call.pixels; ++p, in += call.pixel_stride, out += call.out_stride) {
+    int c = 0;
+    for (; c + kLane <= call.channels; c += kLane) store(out + c, sum(load(out + c), load(in + c)));
+    const int tail = call.channels - c;
+    if (tail > 0) {
+      store_partial(out + c, sum(load_partial(out + c, tail), load_partial(in + c, tail)), tail);
+    }
+  }
+}
+
+// Any strides: a square at a time is gathered, then added.
+void add_strided(const AddCall& call) {
+  float square[kSquare * kSquare];
+  const int64_t size = call.dtype == DType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+  for (int64_t p = 0; p < call.pixels; p += kSquare) {
+    for (int c = 0; c < call.channels; c += kSquare) {
+      GatherCall part{};
+      part.data = static_cast<const char*>(call.data) +
+                  (p * call.pixel_stride + c * call.channel_stride) * size;
+      part.dtype = call.dtype;
+      part.pixel_stride = call.pixel_stride;
+      part.channel_stride = call.channel_stride;
+      part.pixels = std::min<int64_t>(kSquare, call.pixels - p);
+      part.channels = part.padded_channels = std::min(kSquare, call.channels - c);
+      part.out = square;
+      part.out_stride = kSquare;
+      gather(part);
+      AddCall sum = call;
+      sum.data = square;
+      sum.pixel_stride = kSquare;
+      sum.pixels = part.pixels;
+      sum.channels = part.channels;
+      sum.out = call.out + p * call.out_stride + c;
+      add_channels_last<float>(sum);
+    }
+  }
+}
+
 // The engine computes in float; float64 goes to the reference.
 template <class Fn>
 void visit_float_dtype(DType dtype, Fn&& fn) {
@@ -207,6 +255,11 @@ void scatter(const ScatterCall& call) {
     const bool planes = call.pixel_stride == 1 && call.channels >= kLane / 2;
     planes ? scatter_planes<S>(call) : scatter_strided<S>(call);
   });
+}
+
+void add(const AddCall& call) {
+  if (call.channel_stride != 1) return add_strided(call);
+  visit_float_dtype(call.dtype, [&]<class S>(S) { add_channels_last<S>(call); });
 }
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

@@ -35,6 +35,7 @@ const conv::ConvKernels& conv_kernels() {
       .outer = outer,
       .gather = gather,
       .scatter = scatter,
+      .add = add,
       .dot = dot,
       .add_lanes = add_lanes,
       .winograd = winograd,
