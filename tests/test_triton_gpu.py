@@ -9,6 +9,10 @@ pytest.importorskip("triton")
 
 from fastalex.kernels.conv_relu import candidates_conv_relu, conv_relu
 from fastalex.kernels.conv_relu_backward import conv_relu_backward
+from fastalex.kernels.conv_relu_max_pool import (
+    candidates_conv_relu_max_pool,
+    conv_relu_max_pool,
+)
 from fastalex.kernels.linear_relu import linear_relu, linear_relu_backward
 from fastalex.kernels.lrn import lrn, lrn_backward
 from fastalex.kernels.lrn_max_pool import lrn_max_pool, lrn_max_pool_backward
@@ -18,6 +22,7 @@ import fastalex
 from fastalex import _tuning
 from tests.support import triton_oracle as oracle
 from tests.support.triton_tables import (
+    BLOCK_CASES,
     CONV_CASES,
     FUSED_CASES,
     LINEAR_CASES,
@@ -135,6 +140,45 @@ def test_the_interpreters_table_of_convolutions(dtype, last):
         for tile in candidates_conv_relu(*call)["tile"]:
             y = conv_relu(*call, tile=tile)
             assert_within(y.cpu(), expected.cpu(), summands + 2, magnitude.cpu())
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_first_layers_gradients(dtype, last):
+    """Of images, by blocks of pixels; and of weights, the mask taken at load or in a pass before."""
+    for shape, outputs, kernel, stride, padding, dilation, groups, _ in BLOCK_CASES:
+        x = on_gpu(shape, dtype, last)
+        weight = on_gpu((outputs, shape[1] // groups, *kernel), dtype, last)
+        geometry = (stride, padding, dilation, groups)
+        y = conv_relu(x, weight, None, *geometry, precision="ieee")
+        grad = torch.randn_like(y)
+        call = (grad, y, x, weight, *geometry)
+        gx, gw, gb = conv_relu_backward(*call, (True,) * 3, precision="ieee")
+        alone = conv_relu_backward(*call, (False, True, True), precision="ieee")
+        assert torch.equal(alone[1], gw)
+        assert torch.equal(alone[2], gb)
+        dz = torch.ops.aten.threshold_backward(grad, y, 0)
+        wanted, most = (
+            torch.nn.grad.conv2d_input(x.shape, w, d, stride, padding, dilation, groups)
+            for w, d in (
+                (weight.double(), dz.double()),
+                (weight.double().abs(), dz.double().abs()),
+            )
+        )
+        assert_within(gx.cpu(), wanted.cpu(), weight[:, 0].numel(), most.cpu())
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_convolution_with_its_pool(dtype, last):
+    """conv1 of CaffeNet, on every tile that can be chosen: of whole numbers, whose sums are exact, the pair exactly."""
+    x, weight = on_gpu((2, 3, 227, 227), dtype, last), on_gpu((96, 3, 11, 11), dtype, last)
+    x, weight = x.round().clamp(-2, 2), weight.round().clamp(-2, 2)
+    call = (x, weight, None, (4, 4), (0, 0), ONE, 1)
+    expected = max_pool(conv_relu(*call), *WINDOW, ONE, False, False)[0]
+    tiles = candidates_conv_relu_max_pool(*call, *WINDOW, False)["tile"]
+    for tile in tiles:
+        assert torch.equal(conv_relu_max_pool(*call, *WINDOW, False, tile=tile), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
