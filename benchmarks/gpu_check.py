@@ -68,7 +68,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[str, tuple[Any, ..
         if name in ("conv1", "conv2"):
             arguments = (*conv, *LRN, groups, *POOL, False)
             found[f"conv_relu_lrn_max_pool/infer/{name}"] = "conv_relu_lrn_max_pool", arguments
-        if name == "conv5":
+        if name in ("conv1", "conv5"):  # CaffeNet pools conv1 at once
             found[f"conv_relu_max_pool/infer/{name}"] = "conv_relu_max_pool", (*conv, *POOL, False)
         mask = [name != "conv1", True, True]
         found[f"conv_relu/bwd/{name}"] = "conv_relu_backward", (y, y, x, weight, *geometry, mask)

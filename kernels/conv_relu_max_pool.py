@@ -9,7 +9,7 @@ Compulsory are x, w, b read and y written; the map, written and read by the two 
 pixels that patches share are computed in each: conv1 of CaffeNet 1.35 times the multiply-adds, for 58 MB moved at batch
 128 instead of 206. Bounds of that against the pair's (as in docs/gpu-evidence.md, float16): 117 us for 132 on an A100,
 57 for 62 on an H100, 58 for 41 on a B200. So it is measured before it is preferred. Where the extra
-multiply-adds take longer than the map's bytes on every GPU (conv2, conv5), the two kernels run in turn.
+multiply-adds take longer than the map's bytes on every GPU (conv2, conv5), it is refused, and the two run in turn.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ._conv import Conv, float32_precision, forward_scheme
 from ._conv import geometry as conv_geometry
 from ._pack import weight_matrix
 from ._pool import Pool
-from .conv_relu import conv_relu, products, refuse_conv_relu
+from .conv_relu import products, refuse_conv_relu
 from .max_pool import geometry as pool_geometry
-from .max_pool import max_pool, refuse_pool
+from .max_pool import refuse_pool
 
 PATCHES = {64: (8, 8), 128: (8, 16), 256: (16, 16)}  # rows and columns of a tile's pixels
 MOST_FLOPS = 150  # extra multiply-adds, times two, a byte saved: what an A100, the lowest of the three, does meanwhile
@@ -174,12 +174,22 @@ def patches(pool: Pool, m: int) -> int:
     return triton.cdiv(pool.out_rows, down) * triton.cdiv(pool.out_columns, across)
 
 
-def fits(conv: Conv, pool: Pool, itemsize: int) -> bool:
-    """Whether one kernel takes the call: its window is the one written out, and counts say that it may pay."""
-    if (pool.kh, pool.kw, pool.sh, pool.sw) != (3, 3, 2, 2):
-        return False
+def refuse_pooling(conv: Conv, pool: Pool, itemsize: int) -> str | None:
+    """Why one kernel doesn't take the call: another window, or counts say that it can't pay."""
+    window = pool.kh, pool.kw, pool.sh, pool.sw
+    if window != (3, 3, 2, 2):
+        return (
+            f"its windows are 3 x 3, two apart, not {pool.kh} x {pool.kw}, {pool.sh} by {pool.sw} apart: the two "
+            "operators run in turn"
+        )
     extra = min(patches(pool, m) * m for m in PATCHES) / conv.out_pixels - 1
-    return 2 * extra * conv.products <= MOST_FLOPS * 2 * itemsize
+    flops = 2 * extra * conv.products / (2 * itemsize)
+    if flops > MOST_FLOPS:
+        return (
+            f"what patches share costs {flops:.0f} FLOP for each byte of the map it saves, and a GPU does {MOST_FLOPS} "
+            "meanwhile: the two operators run in turn"
+        )
+    return None
 
 
 def refuse_conv_relu_max_pool(
@@ -198,9 +208,13 @@ def refuse_conv_relu_max_pool(
     reason = refuse_conv_relu(input, weight, bias, stride, padding, dilation, groups)
     if reason is not None:
         return reason
+    pooling = (pool_size, pool_stride, pool_padding)
     conv = conv_geometry(input.shape[2:], weight, stride, padding, dilation, groups)
-    size = conv.out_rows, conv.out_columns
-    return refuse_pool(size, pool_size, pool_stride, pool_padding, (1, 1), ceil_mode)
+    reason = refuse_pool((conv.out_rows, conv.out_columns), *pooling, (1, 1), ceil_mode)
+    if reason is not None:
+        return reason
+    pool = pool_geometry((conv.out_rows, conv.out_columns), *pooling, (1, 1), ceil_mode)
+    return refuse_pooling(conv, pool, input.element_size())
 
 
 def geometries(
@@ -213,9 +227,7 @@ def geometries(
 
 
 def tiles(conv: Conv, pool: Pool, x: Tensor, precision: str) -> list[ConvTile]:
-    """Every tile one kernel can take, the one with the fewest multiply-adds first; none where two run in turn."""
-    if not fits(conv, pool, x.element_size()):
-        return []
+    """Every tile that can be chosen, the one with the fewest multiply-adds first."""
     found = pooled_tiles(conv, x.dtype, precision)
     return sorted(found, key=lambda t: work(conv, pool, t))
 
@@ -229,9 +241,8 @@ def work(conv: Conv, pool: Pool, tile: ConvTile) -> int:
 def candidates_conv_relu_max_pool(
     input: Tensor, weight: Tensor, bias: Tensor | None, *geometry
 ) -> dict[str, list[ConvTile]]:
-    """Every tile this call can choose from, the one it takes unmeasured first; the pair of kernels has none here."""
-    found = tiles(*geometries(input, weight, *geometry), input, float32_precision())
-    return {"tile": found} if found else {}
+    """Every tile this call can choose from, the one it takes unmeasured first."""
+    return {"tile": tiles(*geometries(input, weight, *geometry), input, float32_precision())}
 
 
 @layout.on_its_device
@@ -252,20 +263,15 @@ def conv_relu_max_pool(
     precision: str | None = None,
 ) -> Tensor:
     """max_pool(relu(conv2d(input, weight) + bias)); precision ("tf32", "ieee") as conv_relu's."""
-    convolution = (stride, padding, dilation, groups)
     pooling = (pool_size, pool_stride, pool_padding, ceil_mode)
-    conv, pool = geometries(input, weight, *convolution, *pooling)
+    conv, pool = geometries(input, weight, stride, padding, dilation, groups, *pooling)
     precision = precision or float32_precision()
-    found = [tile] if tile else tiles(conv, pool, input, precision)
-    if not found:
-        map = conv_relu(input, weight, bias, *convolution, precision=precision)
-        return max_pool(map, *pooling[:3], (1, 1), ceil_mode, False)[0]
     x = layout.readable(input)
     last = layout.is_channels_last(x)
     y = layout.empty(x, (x.shape[0], weight.shape[0], pool.out_rows, pool.out_columns), last)
     if not y.numel():
         return y
-    tile = found[0]
+    tile = tile or tiles(conv, pool, x, precision)[0]
     scheme = forward_scheme(conv, layout.strides(x), x.element_size())
     w, pitch = weight_matrix(weight, conv, scheme, tile.k)
     columns = triton.cdiv(conv.outputs, tile.n + tile.n2) * conv.groups

@@ -21,11 +21,14 @@ pytest.importorskip("triton")
 from fastalex.kernels import _configs as configs
 from fastalex.kernels.conv_relu import conv_relu
 from fastalex.kernels.conv_relu_max_pool import (
-    candidates_conv_relu_max_pool,
     conv_relu_max_pool,
     refuse_conv_relu_max_pool,
 )
 from fastalex.kernels.max_pool import max_pool
+
+import fastalex
+from fastalex import ops
+from fastalex.ops._operator import REGISTRY
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ONE = (1, 1)
@@ -103,15 +106,39 @@ def test_float32_outside_the_tensor_cores():
     assert_within(y, expected, 29, expected.abs() + 3)
 
 
-def test_what_one_kernel_does_not_pay_for_runs_as_two():
+def test_what_one_kernel_does_not_pay_for_is_refused():
     """Another window, or too many products to compute twice; an empty batch gives an empty result."""
     convolution = (ONE, ONE, ONE, 1)
     x, weight = whole((1, 8, 9, 9), F16, "nhwc", 7), whole((16, 8, 3, 3), F16, "nhwc", 8)
-    for pool in (((2, 2), (2, 2), (0, 0), False), ((3, 3), (1, 1), ONE, True)):
-        assert candidates_conv_relu_max_pool(x, weight, None, *convolution, *pool) == {}
-        y = conv_relu_max_pool(x, weight, None, *convolution, *pool)
-        assert torch.equal(y, pair(x, weight, None, convolution, pool))
+
+    def refused(x, weight, *pool):
+        return refuse_conv_relu_max_pool(x, weight, None, *convolution, *pool)
+
+    assert refused(x, weight, *POOLS[1]) is None
+    assert "half the window" in refused(x, weight, (3, 3), (2, 2), (2, 2), False)
+    assert "3 x 3, two apart, not 2 x 2" in refused(x, weight, (2, 2), (2, 2), (0, 0), False)
+    conv5 = torch.empty(1, 192, 13, 13, dtype=F16), torch.empty(128, 192, 3, 3, dtype=F16)
+    assert "445 FLOP for each byte" in refused(*conv5, *POOLS[1])
     empty = conv_relu_max_pool(x[:0], weight, None, *convolution, *POOLS[1])
     assert empty.shape == (0, 16, 4, 4)
-    reason = refuse_conv_relu_max_pool(x, weight, None, *convolution, (3, 3), (2, 2), (2, 2), False)
-    assert "half the window" in reason
+
+
+def test_the_operator_runs_it_where_it_is_forced_and_its_parts_where_it_is_refused(monkeypatch):
+    ran = []
+    for operator in REGISTRY.values():
+        for kernel in (k for k in operator.kernels.kernels if k.backend == "triton"):
+            original = kernel.run
+            monkeypatch.setitem(
+                kernel.__dict__,
+                "run",
+                lambda *args, name=operator.name, run=original: ran.append(name) or run(*args),
+            )
+    x, weight = whole((1, 8, 9, 9), F32, "nhwc", 7), whole((16, 8, 3, 3), F32, "nhwc", 8)
+    for size, names in ((3, ["conv_relu_max_pool"]), (2, ["conv_relu", "max_pool"])):
+        found = {}
+        for backend in ("triton", "torch"):
+            with fastalex.use_backend(backend):
+                found[backend] = ops.conv2d_relu_max_pool2d(x, weight, padding=1, pool_size=size)
+        assert torch.equal(found["triton"], found["torch"])
+        assert ran == names
+        ran.clear()

@@ -38,7 +38,9 @@ def calls(monkeypatch):
     """Counts what runs on the backend, and checks each result against what tracing is promised."""
     counts: dict[str, int] = {}
     for name, operator in REGISTRY.items():
-        (kernel,) = (k for k in operator.kernels.kernels if k.backend == "triton")
+        kernel = next((k for k in operator.kernels.kernels if k.backend == "triton"), None)
+        if kernel is None:  # of convolution, LRN and pool: its parts run
+            continue
 
         def run(*args, name=name, operator=operator, original=kernel.run):
             counts[name] = counts.get(name, 0) + 1

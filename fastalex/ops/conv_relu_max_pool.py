@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastalex._geometry import empty_in_layout, pooled_size
 from fastalex.backends import forced, no_refusal
-from fastalex.ops import _cpu, _cpu_conv
+from fastalex.ops import _cpu, _cpu_conv, _triton
 from fastalex.ops._arguments import Pair, lrn_scale
 from fastalex.ops._operator import Operator, gradients_may_follow
 from fastalex.ops.conv_relu import (
@@ -120,14 +120,27 @@ for _operator in (CONV_RELU_MAX_POOL, CONV_RELU_LRN_MAX_POOL):
     _operator.register_autocast(3)
     _operator.register_vmap([0])
 
+CONV_RELU_MAX_POOL.kernels.add(
+    "triton", **_triton.kernel("conv_relu_max_pool", "conv_relu_max_pool", contested=True)
+)
+
+
+def _forced_to_parts(operator: Operator, arguments: tuple[Any, ...]) -> bool:
+    """Whether a forced backend has no kernel for the whole call: its kernels for the parts serve."""
+    name = forced()
+    return name is not None and not any(
+        kernel.backend == name and kernel.refuse(*arguments) is None
+        for kernel in operator.kernels.kernels
+    )
+
 
 def _run(operator: Operator, arguments: tuple[Any, ...], lrn_and_pool: tuple[Any, ...]) -> Tensor:
     """The operator at inference. Where gradients may follow, its parts: they save what the backward pass needs."""
-    backends = [kernel.backend for kernel in operator.kernels.kernels]
-    if gradients_may_follow(*arguments[:3]) or forced() not in (None, *backends):
+    whole = (*arguments, *lrn_and_pool)
+    if gradients_may_follow(*arguments[:3]) or _forced_to_parts(operator, whole):
         map = call_as_conv(CONV_RELU, arguments)
         return _pool(map, lrn_and_pool, gradients_may_follow(map))[0]  # type: ignore[no-any-return]
-    return call_as_conv(operator, (*arguments, *lrn_and_pool))
+    return call_as_conv(operator, whole)
 
 
 def _pooling(
