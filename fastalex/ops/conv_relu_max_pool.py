@@ -126,12 +126,17 @@ CONV_RELU_MAX_POOL.kernels.add(
 
 
 def _forced_to_parts(operator: Operator, arguments: tuple[Any, ...]) -> bool:
-    """Whether a forced backend has no kernel for the whole call: its kernels for the parts serve."""
+    """Whether a forced backend has kernels for the parts of this call alone."""
     name = forced()
-    return name is not None and not any(
-        kernel.backend == name and kernel.refuse(*arguments) is None
-        for kernel in operator.kernels.kernels
+    if name is None:
+        return False
+    whole, part = (
+        next((kernel for kernel in op.kernels.kernels if kernel.backend == name), None)
+        for op in (operator, CONV_RELU)
     )
+    if whole is None or part is None:
+        return True
+    return whole.refuse(*arguments) is not None and part.refuse(*arguments[:_AFTER_CONV]) is None
 
 
 def _run(operator: Operator, arguments: tuple[Any, ...], lrn_and_pool: tuple[Any, ...]) -> Tensor:
