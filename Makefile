@@ -8,7 +8,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # nvcc takes about five minutes of a core: `make build FASTALEX_BUILD=cuda` asks for it, and FASTALEX_CUDA_ARCH=90a for one.
 export FASTALEX_BUILD ?= cpu
 
-.PHONY: build venv test test-all fuzz bench gpu-check lint wheel abi clean
+.PHONY: build venv test test-all fuzz bench gpu-check docs lint wheel abi clean
 
 build: $(VENV)/.built
 venv: $(VENV)/.tools
@@ -49,6 +49,10 @@ bench: build
 # Needs a GPU: its tests, compute-sanitizer where installed, and each backend as a share of the roof, in one file.
 gpu-check: build
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+# The site, in out/site; a warning fails. The variable silences an advertisement for another generator.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: build
 	$(BIN)/ruff check .

@@ -27,6 +27,9 @@ th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-to
 thead th { border-top: 0; background: var(--soft) }
 th:first-child { text-align: left; font-weight: normal; position: sticky; left: 0; background: var(--page) }
 thead th:first-child { background: var(--soft) }
+@media (max-width: 40rem) {  /* the names stay put, so they must leave room for the figures */
+  th:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10rem }
+}
 .ours { font-weight: bold }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem }
 dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }

@@ -96,7 +96,7 @@ def tune(
         A line for each call measured now: its backend, configuration and time, beside stock torch's.
 
     Raises:
-        whatever ``model(*example)`` raises.
+        Exception: whatever ``model(*example)`` raises.
     """
     inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     backward = model.training if backward is None else backward

@@ -270,7 +270,6 @@ def load_mean(path: str | os.PathLike[str]) -> Tensor:
 #: The mean of ILSVRC-2012's training images, as Caffe's files give it.
 _ILSVRC_MEAN = (122.67891434, 116.66876762, 104.00698793)
 _CAFFE = Preprocessing(crop=227, mean=_ILSVRC_MEAN)
-#: By network. A Places network takes its own mean: ``dataclasses.replace(..., mean=load_mean(path))``.
 PREPROCESSING = {
     "caffenet": _CAFFE,
     "bvlc": _CAFFE,
@@ -283,3 +282,4 @@ PREPROCESSING = {
         std=(0.229, 0.224, 0.225),
     ),
 }
+"""By network. A Places network takes its own mean: ``dataclasses.replace(..., mean=load_mean(path))``."""

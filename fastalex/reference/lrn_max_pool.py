@@ -39,6 +39,7 @@ def lrn_max_pool_backward(
     stride: Ints,
     padding: Ints,
 ) -> Tensor:
+    """:func:`lrn_backward` of :func:`max_pool_backward`."""
     unpooled = max_pool_backward(
         grad, offsets, input.shape[-2:], kernel_size, stride, padding, (1, 1)
     )
