@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastalex
 from fastalex import BackendError, _native, explain, ops, use_backend
 from fastalex.backends import NAMES
+from fastalex.ops import _cpu
 from fastalex.ops._operator import REGISTRY
 from tests.support.samples import SAMPLES
 
@@ -318,3 +319,9 @@ def test_nothing_compiled_for_one_instruction_set_can_stand_in_for_another(isa):
 )
 def test_the_symbol_check_sees_strangers(symbol, inside):
     assert is_of("avx2", symbol) is inside
+
+
+@pytest.mark.skipif(_native.error is not None, reason="there is no CPU library")
+def test_a_library_older_than_the_sources_is_named_with_its_remedy():
+    with pytest.raises(ImportError, match=r"no operator 'from_tomorrow'.*make build"):
+        _cpu.native("from_tomorrow")

@@ -48,7 +48,13 @@ def native(name: str) -> Callable[..., Any]:
     """``torch.ops.fastalex_cpu.<name>`` without its Python wrapper, which costs 0.2 us."""
     if _native.error is not None:
         return _absent
-    overload = getattr(torch.ops.fastalex_cpu, name).default
+    try:
+        overload = getattr(torch.ops.fastalex_cpu, name).default
+    except AttributeError:
+        raise ImportError(
+            f"the CPU library has no operator '{name}': it was built from older sources than this Python; "
+            "build it again: make build, or pip install --no-build-isolation . in fastalex's source folder"
+        ) from None
     return getattr(overload, "_op", overload)  # type: ignore[no-any-return]
 
 
