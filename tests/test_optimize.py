@@ -142,8 +142,7 @@ def test_outputs_gradients_and_statistics_equal_stock(name, training):
 def test_what_became_of_each_layer():
     report = fastalex.optimize(chain().eval())
     assert {(entry.layers, entry.step) for entry in report.entries} == {
-        ("Conv2d + ReLU", "convolution"),
-        ("LocalResponseNorm + MaxPool2d", "lrn_max_pool"),
+        ("Conv2d + ReLU + LocalResponseNorm + MaxPool2d", "convolution_max_pool"),
         ("Conv2d + BatchNorm2d + ReLU", "convolution"),
         ("MaxPool2d", "max_pool"),
         ("LocalResponseNorm", "lrn"),
@@ -152,8 +151,44 @@ def test_what_became_of_each_layer():
         ("Linear", None),
     }
     text = str(report)
-    assert "replaced 7" in text
+    assert "replaced 6" in text
     assert "kept 1: 1 Linear" in text
+
+
+@pytest.mark.parametrize("lrn", [False, True])
+@pytest.mark.parametrize(
+    ("conv", "pool"),
+    [
+        ({}, {}),
+        (
+            {"stride": 2, "padding": 1, "groups": 3, "bias": False},
+            {"padding": 1, "ceil_mode": True},
+        ),
+        ({"padding": "same"}, {"stride": 1}),
+        ({"padding": 1, "padding_mode": "reflect"}, {}),  # the last three run in turn
+        ({}, {"dilation": 2}),
+        ({}, {"return_indices": True}),
+    ],
+    ids=str,
+)
+def test_a_convolution_and_its_pool_are_one_step(conv, pool, lrn):
+    layers = [nn.Conv2d(3, 6, 3, **conv), nn.ReLU(), nn.LocalResponseNorm(3, alpha=0.1)]
+    pooling = nn.MaxPool2d(3, **{"stride": 2, **pool})
+    stock, fast = pair(nn.Sequential(*layers[: 3 if lrn else 2], pooling))
+    (entry,) = fastalex.optimize(fast).entries
+    assert entry.step == "convolution_max_pool"
+    seen: list[torch.Tensor] = []
+    for x in (image(), image()[0]):
+        if lrn and x.dim() == 3:
+            continue
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                expected, actual = stock(x), fast(x)
+            torch.testing.assert_close(actual, expected, **EXACT)
+    fast[1].register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    x = image()
+    torch.testing.assert_close(fast(x), stock(x), **EXACT)
+    torch.testing.assert_close(seen, [stock[:2](x)], **EXACT)
 
 
 def test_functions_and_residuals_are_found():
@@ -700,7 +735,7 @@ def test_wrappers():
     inside = copy.deepcopy(stock)
     wrapped = nn.DataParallel(inside)
     report = fastalex.optimize(wrapped)
-    assert len(report.replaced) == 7
+    assert len(report.replaced) == 6
     assert type(wrapped) is nn.DataParallel
     equal(stock, wrapped, image())
     replica = inside._replicate_for_data_parallel()
@@ -807,6 +842,7 @@ def test_fastalexs_own_stock_networks_are_optimised(preset):
     with torch.no_grad():
         expected = net(x)
         report = fastalex.optimize(net)
-        steps = " ".join(str(entry.step) for entry in report.replaced)
-        assert ("lrn_max_pool" if preset == "paper" else "lrn") in steps
+        layers = {entry.layers for entry in report.replaced}
+        towers = "Conv2d + ReLU + TowerLocalResponseNorm + MaxPool2d"
+        assert (towers if preset == "paper" else "LocalResponseNorm") in layers
         assert (net(x) - expected).norm() < 1e-4 * expected.norm()

@@ -124,12 +124,25 @@ class Matcher:
                 args = (conv.args[0], other, self.module(conv))
                 return Match(nodes, steps.convolution_add, args, self._rest(norm, relu))
         relu = self.next(last, "relu")
+        pooled = self._conv_max_pool(conv, relu) if relu is not None and norm is None else None
+        if pooled is not None:
+            return pooled
         nodes = tuple(n for n in (conv, norm, relu) if n is not None)
         if not self._may_move(nodes):
             return None
         return Match(
             nodes, steps.convolution, (conv.args[0], self.module(conv)), self._rest(norm, relu)
         )
+
+    def _conv_max_pool(self, conv: fx.Node, relu: fx.Node) -> Match | None:
+        norm = self.next(relu, "lrn")
+        pool = self.next(norm or relu, "pool")
+        nodes = tuple(n for n in (conv, relu, norm, pool) if n is not None)
+        functions = any(n.op != "call_module" for n in (norm, pool) if n is not None)
+        if pool is None or functions or not self._may_move(nodes):
+            return None
+        args = (conv.args[0], self.module(conv), self.relu(relu), norm and self.module(norm))
+        return Match(nodes, steps.convolution_max_pool, (*args, self.module(pool)), {})
 
     def _rest(self, norm: fx.Node | None, relu: fx.Node | None) -> dict[str, Any]:
         rest = {"norm": norm and self.module(norm), "relu": self.relu(relu)}

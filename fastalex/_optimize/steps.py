@@ -245,6 +245,47 @@ def lrn_max_pool(input: Tensor, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) 
     )
 
 
+def convolution_max_pool(
+    input: Tensor,
+    conv: nn.Conv2d,
+    relu: ReLU,
+    norm: nn.LocalResponseNorm | None,
+    pool: nn.MaxPool2d,
+) -> Any:
+    """pool(norm(relu(conv(input)))) in one operator, which at inference keeps the full map in cache."""
+    plain = _plain(conv, nn.Conv2d) and _plain_relu(relu) and _plain(pool, nn.MaxPool2d)
+    if (
+        not (plain and _dense_weight(conv) and _real(input))
+        or not (norm is None or _plain_lrn(norm))
+        or conv.padding_mode != "zeros"
+        or input.dim() != 4
+        or pool.return_indices
+        or pool.dilation not in (1, (1, 1))
+    ):
+        output = convolution(input, conv, None, relu)
+        return max_pool(output, pool) if norm is None else lrn_max_pool(output, norm, pool)
+    layer: Any = (
+        *(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+    pooling: Any = {
+        "pool_size": pool.kernel_size,
+        "pool_stride": pool.stride,
+        "pool_padding": pool.padding,
+        "ceil_mode": pool.ceil_mode,
+    }
+    if norm is None:
+        return ops.conv2d_relu_max_pool2d(*layer, **pooling)
+    return ops.conv2d_relu_lrn_max_pool2d(
+        *layer,
+        size=norm.size,
+        alpha=norm.alpha,
+        beta=norm.beta,
+        k=norm.k,
+        lrn_groups=getattr(norm, "groups", 1),
+        **pooling,
+    )
+
+
 def enter(input: Any) -> Any:
     """A batch of maps in channels_last, the layout of the kernels; anything else as it is."""
     if (
