@@ -174,8 +174,8 @@ def test_flags_keep_the_library_portable_and_exact(pretended):
 def test_the_cuda_library_is_built_for_every_gpu_it_can_serve(pretended):
     source, _ = pretended
     ninja = (source / "build/native/build.ninja").read_text()
-    for number in (80, 86, 89, 90, 100, 120):
-        assert f"arch=compute_{number},code=sm_{number}" in ninja
+    for name in ("80", "86", "89", "90a", "100", "120"):
+        assert f"arch=compute_{name},code=sm_{name}" in ninja
     assert "arch=compute_120,code=compute_120" in ninja  # for GPUs to come
     assert "120+PTX" in ninja
     assert "-cudart static" in ninja
