@@ -96,8 +96,11 @@ def tune(
         A line for each call measured now: its backend, configuration and time, beside stock torch's.
 
     Raises:
+        TypeError: where ``model`` is no module.
         Exception: whatever ``model(*example)`` raises.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tune: model must be a torch.nn.Module, got {type(model).__name__}")
     inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     backward = model.training if backward is None else backward
     waiting: set[str] = set()

@@ -53,7 +53,10 @@ _paused = 0  # not a context variable: a backward pass runs in threads of its ow
 
 def enabled() -> bool:
     """Whether a first call is measured: FASTALEX_TUNE=0 leaves that to :func:`fastalex.tune`."""
-    return not _paused and os.environ.get("FASTALEX_TUNE", "1") != "0"
+    asked = os.environ.get("FASTALEX_TUNE", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"FASTALEX_TUNE is '{asked}'; it can be 0 or 1")
+    return not _paused and asked == "1"
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def test_a_row_of_the_zoo_has_a_roofline_and_tells_what_was_replaced(to_images):
     assert fused.pct_roofline == pytest.approx(100 * least / fused.median_ms)
     assert stock.note is None
     (note,) = report.notes([stock, fused])
-    assert "1 LocalResponseNorm + MaxPool2d -> lrn_max_pool" in note
+    assert "1 Conv2d + ReLU + LocalResponseNorm + MaxPool2d -> convolution_max_pool" in note
     assert "kept 1: 1 Linear (zoo/small)" in note
 
 

@@ -87,8 +87,7 @@ class _Computing(Dataset[list[Tensor]]):
         return self.calls[index]()
 
 
-def test_data_loader_workers_run_operators_after_a_fork() -> None:
-    """The parent has used its pools and caches before the workers are forked from it."""
+def data_loader_workers_compute() -> None:
     prepared = [(sample, tensors_of(sample)) for sample in SAMPLES.values()]
     expected = [step(*call) for call in prepared]
     data = _Computing([lambda call=call: step(*call) for call in prepared])  # type: ignore[misc]
@@ -97,6 +96,34 @@ def test_data_loader_workers_run_operators_after_a_fork() -> None:
     )
     for actual, wanted in zip(loader, expected, strict=True):
         assert_same(actual, wanted)
+
+
+def forked_child_computes_with_one_thread() -> None:
+    prepared = [(sample, tensors_of(sample)) for sample in SAMPLES.values()]
+    expected = [step(*call) for call in prepared]
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            for call, wanted in zip(prepared, expected, strict=True):
+                assert_same(step(*call), wanted)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(
+    "program", [data_loader_workers_compute, forked_child_computes_with_one_thread]
+)
+def test_forks_after_use(program: Callable[[], None]) -> None:
+    """The parent has used its pools and caches; a process of its own, since autograd's threads forbid a fork."""
+    code = f"from tests import test_concurrency as t; t.{program.__name__}()"
+    result = run([sys.executable, "-c", code], ROOT)
+    assert result.code == 0, result.text
 
 
 @samples
@@ -151,21 +178,3 @@ def test_memory_stays_flat_over_calls() -> None:
 @samples
 def test_memory_stays_flat_over_many_calls(sample: Sample) -> None:
     assert growth(sample.name, 5000, 100_000) < 1024 * 1024
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_may_call_with_one_thread() -> None:
-    prepared = [(sample, tensors_of(sample)) for sample in SAMPLES.values()]
-    expected = [step(*call) for call in prepared]
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            for call, wanted in zip(prepared, expected, strict=True):
-                assert_same(step(*call), wanted)
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0

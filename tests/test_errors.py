@@ -31,6 +31,7 @@ POOL = both(ops.max_pool2d, F.max_pool2d)
 CONV = both(ops.conv2d_relu, stock_conv_relu)
 FUSED = both(ops.lrn_max_pool2d, None)
 OURS = both(ops.local_response_norm, None)
+OURS_POOL = both(ops.max_pool2d, None)
 
 #: functions, arguments, keywords, our exception, what its message names.
 WRONG = [
@@ -44,6 +45,10 @@ WRONG = [
     (OURS, (X, 5), {"groups": 3}, ValueError, "groups is 3.*divide the 4"),
     (OURS, (X, 5), {"groups": 0}, ValueError, "groups is 0"),
     (OURS, (X, 5), {"alpha_mode": "max"}, ValueError, "'max'.*'mean' or 'sum'"),
+    (LRN, (X, 5, "a"), {}, TypeError, "alpha is 'a'.*a number"),
+    (LRN, (X, 5, 1e-4, None), {}, TypeError, "beta is None.*a number"),
+    (LRN, (X, 5, 1e-4, 0.75, "1"), {}, TypeError, "k is '1'.*a number"),
+    (LRN, (X.to_sparse(), 5), {}, TypeError, "sparse.*dense"),
     (POOL, (torch.zeros(4, 4), 2), {}, ValueError, "2-D.*3-D or 4-D"),
     (POOL, (torch.zeros(1, 1, 1, 4, 4), 2), {}, ValueError, "5-D.*3-D or 4-D"),
     (POOL, ("x", 2), {}, TypeError, "must be a Tensor.*str"),
@@ -59,6 +64,11 @@ WRONG = [
     (POOL, (X, 7), {}, ValueError, r"kernel_size \(7, 7\).*does not fit"),
     (POOL, (X[:, :0], 3), {}, ValueError, "only the batch may be empty"),
     (POOL, (X[:, :, :0], 3), {}, ValueError, "does not fit"),
+    (POOL, (X.to_sparse(), 3), {}, TypeError, "sparse.*dense"),
+    (POOL, (X.bool(), 3), {}, NotImplementedError, "not implemented for 'Bool'"),
+    (OURS_POOL, (X, 3), {"ceil_mode": "yes"}, TypeError, "ceil_mode is 'yes'.*True or False"),
+    (FUSED, (X, 5), {"padding": 2}, ValueError, "padding is 2.*half of kernel_size 3"),
+    (FUSED, (X, 5), {"beta": "b"}, TypeError, "beta is 'b'.*a number"),
     (FUSED, (torch.zeros(4, 4), 5), {}, ValueError, "2-D"),
     (FUSED, (torch.zeros(1, 4, 4, 4, 4), 5), {}, ValueError, "5-D"),
     (FUSED, (X, 0), {}, ValueError, "size is 0"),
@@ -93,13 +103,46 @@ WRONG = [
 @pytest.mark.parametrize(("functions", "args", "kwargs", "error", "message"), WRONG)
 def test_wrong_calls(functions, args, kwargs, error, message):
     ours, stock = functions
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as raised:
         ours(*args, **kwargs)
+    assert ours.__name__ in str(raised.value)
     if stock is not None:
         with pytest.raises(
             (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError)
         ):
             stock(*args, **kwargs)
+
+
+LINEAR = (torch.zeros(2, 3), torch.zeros(4, 3))
+NET = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+
+
+#: What is called, our exception, what its message names: the rest of the public API.
+OTHERS = [
+    (lambda: ops.linear_relu(LINEAR[0], torch.zeros(4, 5)), ValueError, r"\(2, 3\).*\[..., 5\]"),
+    (lambda: ops.linear_relu(*LINEAR, torch.zeros(3)), ValueError, r"bias is \(3,\).*\(4,\)"),
+    (lambda: ops.linear_relu(LINEAR[0], LINEAR[1].double()), TypeError, "float64; they must agree"),
+    (lambda: ops.linear_relu(LINEAR[0], torch.zeros(3)), ValueError, "weight is 1-D"),
+    (lambda: ops.linear_relu(LINEAR[0].int(), LINEAR[1]), TypeError, "int32.*float32"),
+    (lambda: ops.conv2d_relu_max_pool2d(X, W, pool_size=9), ValueError, "does not.*fit"),
+    (lambda: ops.conv2d_relu_max_pool2d(X, W, pool_padding=2), ValueError, "half of kernel_size"),
+    (lambda: ops.Conv2dReLU(3, 4, 3, groups=2), ValueError, "divisible by groups"),
+    (lambda: ops.LocalResponseNorm(0)(X), ValueError, "size is 0.*positive int"),
+    (lambda: fastalex.set_conv_precision("fast"), ValueError, "'fast'.*highest, high, medium"),
+    (lambda: fastalex.optimize("net"), TypeError, "torch.nn.Module, got str"),
+    (lambda: fastalex.optimize(NET, X), RuntimeError, "input has 4 channels.*takes 3"),
+    (lambda: fastalex.tune("net", X), TypeError, "torch.nn.Module, got str"),
+    (lambda: fastalex.models.alexnet("papr"), ValueError, "no preset 'papr'.*paper, single"),
+    (lambda: fastalex.models.alexnet(num_classes=0), ValueError, "num_classes is 0.*at least 1"),
+    (lambda: fastalex.models.alexnet(dropout=2.0), ValueError, "dropout is 2.0.*probability"),
+    (lambda: fastalex.models.alexnet("cifar10")(X), ValueError, r"\[N, 3, 32, 32\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), OTHERS)
+def test_other_wrong_calls(call, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
 
 
 @pytest.mark.parametrize("name", ["padding", "dilation", "stride", "kernel_size"])
@@ -224,6 +267,11 @@ ops.local_response_norm(x, 5); ops.max_pool2d(x, 3, 2)
 ops.conv2d_relu(x, torch.randn(4, 8, 3, 3))
 fastalex.explain("lrn", x, 5)
 """
+#: What `python -m fastalex` prints, without another start of torch.
+REPORT = """
+import runpy
+runpy.run_module("fastalex", run_name="__main__")
+"""
 
 
 def truncated(size):
@@ -254,14 +302,12 @@ def test_bad_libraries_leave_a_working_package(tmp_path, spoil):
     (library,) = PACKAGE.glob("_cpu*.so")
     if spoil is not None:
         (tmp_path / "fastalex" / library.name).write_bytes(spoil(library.read_bytes()))
-    done = python("-c", USE, package_parent=tmp_path)
+    done = python("-c", USE + REPORT, package_parent=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "lrn: runs on torch" in done.stdout
-    report = python("-m", "fastalex", package_parent=tmp_path)
-    assert report.returncode == 0, report.stderr
-    assert "backend cpu" in report.stdout
+    assert "backend cpu" in done.stdout
     reason = "was not built" if spoil is None else "does not load into torch"
-    assert reason in report.stdout
+    assert reason in done.stdout
 
 
 def test_library_of_another_abi(tmp_path):
@@ -278,7 +324,6 @@ def test_library_of_another_abi(tmp_path):
     )
     output = tmp_path / "fastalex" / "_cpu.abi3.so"
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", output], check=True)
-    done = python("-c", USE, package_parent=tmp_path)
+    done = python("-c", USE + REPORT, package_parent=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = python("-m", "fastalex", package_parent=tmp_path)
-    assert "aoti_torch_of_the_future" in report.stdout
+    assert "aoti_torch_of_the_future" in done.stdout

@@ -44,7 +44,9 @@ Geometry take_geometry(Numbers& numbers) {
 // Throws unless the numbers describe a convolution that the engine computes.
 Problem problem_of(DType dtype, const int64_t* input, const int64_t* weight, const Geometry& g) {
   STD_TORCH_CHECK(g.groups > 0 && input[1] == weight[1] * g.groups && weight[0] % g.groups == 0,
-                  "fastalex: input channels, weight and groups do not fit");
+                  "fastalex: input has ", input[1], " channels; weight [", weight[0], ", ",
+                  weight[1], ", ", weight[2], ", ", weight[3], "] in ", g.groups, " groups takes ",
+                  weight[1] * g.groups, ", and its first size must be a multiple of the groups");
   STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 && g.dilation_w > 0,
                   "fastalex: convolutions take positive strides and dilations");
   Problem p;

@@ -46,6 +46,15 @@ def pair(value: Any, name: str, minimum: int) -> Pair:
 def require_tensor(value: Any, name: str, label: str = "input") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {label} must be a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: {label} is {value.layout}; it must be dense, as to_dense() makes it"
+        )
+
+
+def require_number(value: Any, name: str, label: str) -> None:
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: {label} is {value!r}; it must be a number")
 
 
 def require_floating(input: Tensor, name: str) -> None:
@@ -66,9 +75,18 @@ def require_rank(input: Tensor, ranks: Sequence[int], name: str) -> None:
 
 @remembered
 def lrn_scale(
-    shape: torch.Size, size: int, alpha: float, groups: int, alpha_mode: str, name: str
+    shape: torch.Size,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    groups: int,
+    alpha_mode: str,
+    name: str,
 ) -> float:
     """Checks LRN's arguments for an input of ``shape``; returns what multiplies the sum of squares."""
+    for label, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        require_number(value, name, label)
     if len(shape) < 3:
         raise ValueError(
             f"{name}: input is {len(shape)}-D {tuple(shape)}; it must be [N, C, ...], 3-D or more"

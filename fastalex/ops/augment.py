@@ -130,7 +130,7 @@ def augment(
             f"augment: images is {images.dtype} {list(images.shape)}; it must be uint8 [N, H, W, C]"
         )
     count, height, width, channels = images.shape
-    crop = pair(size, "size", 1)
+    crop = pair(size, "augment: size", 1)
     if crop[0] > height or crop[1] > width:
         raise ValueError(f"augment: size is {crop}; the images are {(height, width)}")
     if pitch is None:

@@ -120,15 +120,15 @@ CONV_RELU_BACKWARD.register_vmap([])
 def _checked_padding(padding: Any, kernel: Pair, stride: Pair, dilation: Pair) -> Any:
     """(height, width), or the four margins that an uneven padding='same' needs."""
     if not isinstance(padding, str):
-        return pair(padding, "padding", 0)
+        return pair(padding, "conv2d_relu: padding", 0)
     if padding == "valid":
         return 0, 0
     if padding != "same":
         raise ValueError(
-            f"padding is {padding!r}; it can be 'valid', 'same', an int or a pair of ints"
+            f"conv2d_relu: padding is {padding!r}; it can be 'valid', 'same', an int or a pair of ints"
         )
     if stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride 1, and stride is {stride}")
+        raise ValueError(f"conv2d_relu: padding='same' needs stride 1, and stride is {stride}")
     reach = [dilation[d] * (kernel[d] - 1) for d in (0, 1)]
     if not (reach[0] % 2 or reach[1] % 2):
         return reach[0] // 2, reach[1] // 2
@@ -147,7 +147,7 @@ def _checked_geometry(
 ) -> tuple[Pair, Any, Pair]:
     """Stride, padding (see _checked_padding) and dilation as pairs, for shapes that fit together."""
     name = "conv2d_relu"
-    steps, spread = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    steps, spread = pair(stride, f"{name}: stride", 1), pair(dilation, f"{name}: dilation", 1)
     pads = _checked_padding(padding, weight[2:], steps, spread)  # type: ignore[arg-type]
     outputs, channels = weight[:2]
     if not isinstance(groups, int) or groups < 1 or outputs % groups:

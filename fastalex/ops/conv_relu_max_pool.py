@@ -238,7 +238,7 @@ def conv2d_relu_lrn_max_pool2d(
     arguments = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     name = "conv2d_relu_lrn_max_pool2d"
     pool, shape = _pooling(arguments, pool_size, pool_stride, pool_padding, ceil_mode, name)
-    scale = lrn_scale(shape, size, alpha, lrn_groups, alpha_mode, name)
+    scale = lrn_scale(shape, size, alpha, beta, k, lrn_groups, alpha_mode, name)
     lrn = (size, scale, beta, k, lrn_groups)
     output = _run(CONV_RELU_LRN_MAX_POOL, arguments, (*lrn, *pool, ceil_mode))
     return output if input.dim() == 4 else output.squeeze(0)

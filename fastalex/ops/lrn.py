@@ -106,7 +106,7 @@ def local_response_norm(
     """
     name = "local_response_norm"
     require_floating(input, name)
-    scale = lrn_scale(input.shape, size, alpha, groups, alpha_mode, name)
+    scale = lrn_scale(input.shape, size, alpha, beta, k, groups, alpha_mode, name)
     return LRN(input, size, scale, beta, k, groups)  # type: ignore[no-any-return]
 
 

@@ -150,7 +150,7 @@ def lrn_max_pool2d(
     name = "lrn_max_pool2d"
     require_floating(input, name)
     geometry = pool_geometry(input.shape, kernel_size, stride, padding, 1, ceil_mode, name)
-    scale = lrn_scale(input.shape, size, alpha, groups, alpha_mode, name)
+    scale = lrn_scale(input.shape, size, alpha, beta, k, groups, alpha_mode, name)
     if input.dim() == 3:
         normalised: Tensor = LRN(input, size, scale, beta, k, groups)
         return max_pool2d(normalised, *geometry, ceil_mode)  # type: ignore[return-value]

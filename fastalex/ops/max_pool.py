@@ -130,15 +130,18 @@ def pool_geometry(
     """Checks a pool over an input of ``shape``; returns (height, width) pairs, the stride defaulted to the kernel's."""
     if len(shape) not in (3, 4):
         raise ValueError(f"{name}: input is {len(shape)}-D {tuple(shape)}; it must be 3-D or 4-D")
-    kernel = pair(kernel_size, "kernel_size", 1)
+    kernel = pair(kernel_size, f"{name}: kernel_size", 1)
     defaulted = stride is None or (isinstance(stride, (tuple, list)) and not stride)
-    steps = kernel if defaulted else pair(stride, "stride", 1)
-    pads = pair(padding, "padding", 0)
-    spread = pair(dilation, "dilation", 1)
+    steps = kernel if defaulted else pair(stride, f"{name}: stride", 1)
+    pads = pair(padding, f"{name}: padding", 0)
+    spread = pair(dilation, f"{name}: dilation", 1)
     if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
         raise ValueError(
-            f"padding is {padding!r}; it must be at most half of kernel_size {kernel_size!r}"
+            f"{name}: padding is {padding!r}; it must be at most half of kernel_size "
+            f"{kernel_size!r}"
         )
+    if not isinstance(ceil_mode, int):
+        raise TypeError(f"{name}: ceil_mode is {ceil_mode!r}; it must be True or False")
     if shape[-3] == 0:
         raise ValueError(f"{name}: input is {tuple(shape)}; only the batch may be empty")
     for d in (0, 1):
