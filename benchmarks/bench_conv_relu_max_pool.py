@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -18,13 +18,19 @@ STAGES = {
 }
 
 
+def rounding_the_map(
+    op: str, layer: Layer, rounding: Callable[[Tensor], Tensor] = lambda map: map
+) -> Callable[..., Tensor]:
+    """Stock torch, with the map that is pooled passed through ``rounding``."""
+    conv = bench_conv_relu.operation(layer, 1).stock
+    after = (bench_lrn_max_pool if "lrn" in op else bench_max_pool).stock
+    return lambda input, weight, bias: after(rounding(conv(input, weight, bias)))
+
+
 def operation(op: str, layer: Layer, batch: int) -> Operation:
     conv = bench_conv_relu.operation(layer, batch)
     normalises = "lrn" in op
-    after = (bench_lrn_max_pool if normalises else bench_max_pool).stock
-
-    def stock(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return after(conv.stock(input, weight, bias))
+    stock = rounding_the_map(op, layer)
 
     def fused(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         tensors = (input, weight, bias)

@@ -101,11 +101,12 @@ def run_function(function: Function, tensors: Sequence[Tensor]) -> Results:
     return {"output": inference, "output in training": output.detach(), **results}
 
 
-def nudged(tensor: Tensor) -> Tensor:
-    """The same values rounded otherwise: up by half an eps here, down there."""
+def nudged(tensor: Tensor, least: float = 0.0) -> Tensor:
+    """The same values rounded otherwise: up here, down there, by half an eps or by ``least`` where that is more."""
     generator = torch.Generator().manual_seed(3)
     signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device) * 2 - 1
-    return (tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps / 2)).to(tensor.dtype)
+    step = max(torch.finfo(tensor.dtype).eps / 2, least)
+    return (tensor.double() * (1 + signs * step)).to(tensor.dtype)
 
 
 def check_function(
@@ -115,7 +116,9 @@ def check_function(
     tensors: Sequence[Tensor],
     rounds_before_routing: bool = False,
     admitted: float = 0.0,
+    rounded_within: Function | None = None,
 ) -> Iterator[Check]:
+    """``rounded_within``: the stock function with what it routes by rounded otherwise."""
     input, *weights = tensors
     oracle = run_function(stock, [tensor.double() for tensor in tensors])
     formats = LAYOUTS if input.dim() == 4 else LAYOUTS[:1]
@@ -123,10 +126,15 @@ def check_function(
     roundings = list(layouts)
     if rounds_before_routing and input.dtype is torch.float32:
         roundings.append([nudged(input), *weights])
+    stock_runs = [run_function(stock, run) for run in roundings]
+    if rounded_within is not None:
+        routed = run_function(rounded_within, layouts[0])
+        gradients = {name: value for name, value in routed.items() if "gradient" in name}
+        stock_runs.append({**stock_runs[0], **gradients})
     yield from judge(
         subject,
         oracle,
-        [run_function(stock, run) for run in roundings],
+        stock_runs,
         [run_function(fused, run) for run in layouts],
         torch.finfo(input.dtype).eps,
         admitted,
@@ -191,18 +199,23 @@ def check_conv_relu(dtype: torch.dtype, device: torch.device) -> Iterator[Check]
 
 
 def check_conv_pool(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    """The map that is pooled may be rounded by what the convolution's precision admits, for stock too."""
     state = bench_alexnet.weights()
+    admitted = ADMITTED[fastalex.get_conv_precision()]
+    rounding = functools.partial(nudged, least=admitted)
     for name in bench_conv_relu_max_pool.STAGES[op]:
         tensors = [activations(device)[name]]
         tensors += [state[f"features.{name}.{kind}"].to(device) for kind in ("weight", "bias")]
-        stage = bench_conv_relu_max_pool.operation(op, bench_conv_relu.LAYERS[name], PHOTOGRAPHS)
+        layer = bench_conv_relu.LAYERS[name]
+        stage = bench_conv_relu_max_pool.operation(op, layer, PHOTOGRAPHS)
         yield from check_function(
             f"{op} {name}",
             stage.stock,
             stage.fused,
             [tensor.to(dtype) for tensor in tensors],
             True,
-            ADMITTED[fastalex.get_conv_precision()],
+            admitted,
+            bench_conv_relu_max_pool.rounding_the_map(op, layer, rounding),
         )
 
 
