@@ -44,6 +44,20 @@ inline void inverse_powers(const Vec<A> (&s)[kSlice], A beta, Vec<A> (&powers)[k
   for (int64_t j = 0; j < kSlice; ++j) powers[j] = inverse_power<kBeta>(s[j], beta);
 }
 
+// The first `count` pixels from the i-th on: inputs under the windows of a slice, and s of its
+// channels.
+template <class S, class A>
+inline void load_slice(const SliceRows<S>& under, const LrnWindow<A>& window, int64_t i,
+                       int64_t count, Vec<A> (&values)[kSliceRows], Vec<A> (&bases)[kSlice]) {
+  Vec<A> squares[kSliceRows];
+  for (int64_t j = 0; j < kSliceRows; ++j) {
+    values[j] = load_up_to(under.rows[j] + i, count);
+    squares[j] = values[j] * values[j];
+  }
+  sums_of_five(squares, bases);
+  for (int64_t j = 0; j < kSlice; ++j) bases[j] = window.base(bases[j]);
+}
+
 // y = lrn(x). Loads each input twice, the second time from L1, and stores each output once.
 template <class S, Beta kBeta>
 class PlaneNormalizer5 final : public LrnForward<S> {
@@ -75,15 +89,10 @@ class PlaneNormalizer5 final : public LrnForward<S> {
                              [&](int64_t channel) { return x + channel * x_stride; });
     const S* ahead = x + (c + kSliceRows - 2) * x_stride;  // what the next slice adds
     for (int64_t i = 0; i < count; i += kWidth) {
-      Vec<A> values[kSliceRows], squares[kSliceRows], sums[kSlice], powers[kSlice];
-      for (int64_t j = 0; j < kSliceRows; ++j) {
-        values[j] = load_up_to(under.rows[j] + i, count - i);
-        squares[j] = values[j] * values[j];
-      }
+      Vec<A> values[kSliceRows], bases[kSlice], powers[kSlice];
+      load_slice(under, window, i, count - i, values, bases);
+      inverse_powers<kBeta, A>(bases, window.beta, powers);
       for (int64_t j = 0; j < kSlice; ++j) __builtin_prefetch(ahead + j * x_stride + i);
-      sums_of_five(squares, sums);
-      for (int64_t j = 0; j < kSlice; ++j) sums[j] = window.base(sums[j]);
-      inverse_powers<kBeta, A>(sums, window.beta, powers);
       for (int64_t j = 0; j < kSlice; ++j) {
         if (j < channels) store_up_to(y + j * y_stride + i, values[2 + j] * powers[j], count - i);
       }
@@ -147,19 +156,14 @@ class PlaneGradient5 final : public LrnBackward<S, G> {
       direct_rows[j] = direct(c + j);
     }
     for (int64_t i = 0; i < count; i += kWidth) {
-      Vec<A> values[kSliceRows], squares[kSliceRows], sums[kSlice], powers[kSlice];
-      for (int64_t j = 0; j < kSliceRows; ++j) {
-        values[j] = load_up_to(under.rows[j] + i, count - i);
-        squares[j] = values[j] * values[j];
-      }
-      sums_of_five(squares, sums);
-      for (int64_t j = 0; j < kSlice; ++j) sums[j] = window.base(sums[j]);
-      inverse_powers<kBeta, A>(sums, window.beta, powers);
+      Vec<A> values[kSliceRows], bases[kSlice], powers[kSlice];
+      load_slice(under, window, i, count - i, values, bases);
+      inverse_powers<kBeta, A>(bases, window.beta, powers);
       for (int64_t j = 0; j < kSlice; ++j) {
         if (j >= channels) break;
         const Vec<A> own = load_up_to(g + (c + j) * g_stride + i, count - i) * powers[j];
         store(direct_rows[j] + i, own);
-        store(product_rows[j] + i, own * values[2 + j] / sums[j]);
+        store(product_rows[j] + i, own * values[2 + j] / bases[j]);
       }
     }
   }
