@@ -133,12 +133,12 @@ def conv_relu_backward(
     last = layout.is_channels_last(x)
     conv = geometry(x.shape[2:], weight, stride, padding, dilation, groups)
     precision = precision or float32_precision()
-    at_load = masks_at_load(output_mask, architecture(x.device))
     dz, y = grad, None
-    if not grad_is_masked and at_load:
-        y = layout.in_layout(output, last)
-    elif not grad_is_masked:
-        dz = masked(grad, output, last)
+    if not grad_is_masked:
+        if masks_at_load(output_mask, architecture(x.device)):
+            y = layout.in_layout(output, last)
+        else:
+            dz = masked(grad, output, last)
     dz = layout.in_layout(dz, last)
     gx, gw, gb = (input.new_empty(0) for _ in range(3))
     if output_mask[0]:
@@ -248,16 +248,17 @@ def run_weight_gradient(
         triton.cdiv(conv.outputs, tile.n + tile.n2) * conv.groups,
         split,
     )
+    mask = g if y is None else y
     conv_weight_gradient[grid](
         g,
-        g if y is None else y,
+        mask,
         x,
         parts,
         gw,
         gb,
         g.shape[0],
         layout.strides(g),
-        layout.strides(g if y is None else y),
+        layout.strides(mask),
         layout.strides(x),
         layout.strides(gw),
         conv,
@@ -268,7 +269,7 @@ def run_weight_gradient(
         outputs_first(tile, arch),
         bias,
         precision,
-        layout.needs_wide(g, x) if y is None else layout.needs_wide(g, y, x),
+        layout.needs_wide(g, mask, x),
         split,
         tile.n,
         tile.n2,
