@@ -321,7 +321,6 @@ def test_the_symbol_check_sees_strangers(symbol, inside):
     assert is_of("avx2", symbol) is inside
 
 
-@pytest.mark.skipif(_native.error is not None, reason="there is no CPU library")
 def test_a_library_older_than_the_sources_is_named_with_its_remedy():
     with pytest.raises(ImportError, match=r"no operator 'from_tomorrow'.*make build"):
         _cpu.native("from_tomorrow")
