@@ -20,6 +20,19 @@ def pooled_size(
     return windows
 
 
+def convolved_size(
+    input: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of the map that a convolution makes of one of height and width ``input``."""
+    return tuple(
+        pooled_size(input[d], kernel[d], stride[d], padding[d], dilation[d], False) for d in (0, 1)
+    )  # type: ignore[return-value]
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether channels are adjacent in memory and pixels are not: the layout results take."""
     if tensor.is_contiguous():

@@ -63,52 +63,19 @@ def lrn_max_pool(
     return pooled, input.new_empty(0, dtype=torch.uint8)
 
 
-def conv_relu_lrn_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    size: int,
-    scale: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    pool_size: Any,
-    pool_stride: Any,
-    pool_padding: Any,
-    ceil_mode: bool,
-) -> Tensor:
-    """Its parts in turn."""
-    map = reference.conv_relu(input, weight, bias, stride, padding, dilation, groups)
-    map = lrn(map, size, scale, beta, k, lrn_groups)
-    return F.max_pool2d(map, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
-
-
-def conv_relu_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    pool_size: Any,
-    pool_stride: Any,
-    pool_padding: Any,
-    ceil_mode: bool,
-) -> Tensor:
-    """Its parts in turn; the reference's own pool has an output of indices."""
-    map = reference.conv_relu(input, weight, bias, stride, padding, dilation, groups)
-    return F.max_pool2d(map, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+def conv_relu_pool(*args: Any) -> Tensor:
+    """Both operators of a convolution and its pool: their parts in turn."""
+    map = reference.conv_relu(*args[:7])
+    *norm, kernel_size, stride, padding, ceil_mode = args[7:]
+    if norm:
+        map = lrn(map, *norm)
+    return F.max_pool2d(map, kernel_size, stride, padding, ceil_mode=ceil_mode)
 
 
 #: By operator; the others are written as their references.
 FORMS: dict[str, Callable[..., Any]] = {
-    "conv_relu_lrn_max_pool": conv_relu_lrn_max_pool,
-    "conv_relu_max_pool": conv_relu_max_pool,
+    "conv_relu_lrn_max_pool": conv_relu_pool,
+    "conv_relu_max_pool": conv_relu_pool,
     "lrn": lrn,
     "lrn_max_pool": lrn_max_pool,
 }

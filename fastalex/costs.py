@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex._geometry import offsets_dtype, pooled_size
+from fastalex._geometry import convolved_size, offsets_dtype, pooled_size
 
 Ints = Sequence[int]
 
@@ -132,15 +132,18 @@ def lrn_max_pool_backward(
     return Cost(_bytes(grad, offsets) + 2 * _bytes(input), norm.flops + grad.numel())
 
 
+def _conv_map(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    """A meta tensor of what a convolution makes."""
+    sides = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    shape = (input.shape[0], weight.shape[0], *sides)
+    return torch.empty(shape, dtype=input.dtype, device="meta")
+
+
 def _convolved(
     input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints
 ) -> tuple[int, int]:
     """Outputs of a convolution and the multiply-adds of one."""
-    outputs = input.shape[0] * weight.shape[0]
-    for d in (0, 1):
-        reach = dilation[d] * (weight.shape[d + 2] - 1) + 1
-        outputs *= (input.shape[d + 2] + 2 * padding[d] - reach) // stride[d] + 1
-    return outputs, weight[0].numel()
+    return _conv_map(input, weight, stride, padding, dilation).numel(), weight[0].numel()
 
 
 def conv_relu(
@@ -159,18 +162,6 @@ def conv_relu(
     outputs, depth = _convolved(input, weight, stride, padding, dilation)
     moved = _bytes(input, weight, bias) + outputs * input.element_size()
     return Cost(moved, outputs * (2 * depth + 1 + (bias is not None)))
-
-
-def _conv_map(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    """A meta tensor of what a convolution makes."""
-    sides = (
-        pooled_size(
-            input.shape[d + 2], weight.shape[d + 2], stride[d], padding[d], dilation[d], False
-        )
-        for d in (0, 1)
-    )
-    shape = (input.shape[0], weight.shape[0], *sides)
-    return torch.empty(shape, dtype=input.dtype, device="meta")
 
 
 def conv_relu_max_pool(

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import _onnx, ops
-from fastalex._geometry import pooled_size
+from fastalex._geometry import convolved_size
 from fastalex._optimize.fold import gain_and_bias, scaled
 from fastalex.backends import forced
 from fastalex.models._layers import TowerLocalResponseNorm
 from fastalex.ops import _cpu_conv
 from fastalex.ops._operator import needs_dispatcher
+from fastalex.ops.conv_relu_max_pool import run_layers
 
 #: A ReLU as the graph had it: a module, True for a call of the function, None for none.
 ReLU = nn.Module | bool | None
@@ -66,70 +67,45 @@ def _rectify_own(output: Tensor) -> Tensor:
 
 
 def convolution(
-    input: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
+    input: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module | None = None,
+    relu: ReLU = None,
+    other: Tensor | None = None,
 ) -> Tensor:
-    """relu(norm(conv(input))); a normalisation by running statistics is folded into the convolution."""
+    """relu(norm(conv(input)) + other); a normalisation by running statistics is folded into the convolution."""
     if not (_plain(conv, nn.Conv2d) and _dense_weight(conv) and _real(input) and _plain_relu(relu)):
         output = conv(input)
-        return _rectify(output if norm is None else norm(output), relu)
+        return _finish(output if norm is None else norm(output), relu, other)
     if norm is None:
-        return _convolve(input, conv, conv.weight, None, conv.bias, relu is not None)
+        return _convolve(input, conv, conv.weight, None, conv.bias, relu, other)
     if not (isinstance(norm, nn.BatchNorm2d) and _folds(norm, conv.weight)):
-        output = _convolve(input, conv, conv.weight, None, conv.bias, False)
-        return _rectify(norm(output), relu)
+        output = _convolve(input, conv, conv.weight, None, conv.bias)
+        return _finish(norm(output), relu, other)
     gain, bias = gain_and_bias(conv, norm)
     if gain.dtype is torch.float32 and _on_engine(input, conv.weight, gain, bias):
-        return _convolve(input, conv, conv.weight, gain, bias, relu is not None)
-    weight = scaled(conv.weight, gain)
-    return _convolve(input, conv, weight, None, bias, relu is not None)
+        return _convolve(input, conv, conv.weight, gain, bias, relu, other)
+    return _convolve(input, conv, scaled(conv.weight, gain), None, bias, relu, other)
 
 
 def convolution_add(
     input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None = None, relu: ReLU = None
 ) -> Tensor:
     """relu(norm(conv(input)) + other), as at the end of a residual block."""
-    merged = _convolve_and_add(input, other, conv, norm, relu)
-    if merged is not None:
-        return merged
-    output = convolution(input, conv, norm)
+    if not _plain_relu(relu):
+        return _finish(convolution(input, conv, norm), relu, other)
+    return convolution(input, conv, norm, relu, other)
+
+
+def _finish(output: Tensor, relu: ReLU, other: Tensor | None) -> Tensor:
+    """relu(output + other); nobody else has seen ``output``."""
+    if other is None:
+        return _rectify(output, relu)
     if output.requires_grad or output.shape != other.shape or output.dtype is not other.dtype:
         return _rectify(output + other, relu)
-    output += other  # nobody else has seen it
-    return _rectify_own(output) if relu is True or _plain_relu(relu) else _rectify(output, relu)
-
-
-def _convolve_and_add(
-    input: Tensor, other: Tensor, conv: nn.Conv2d, norm: nn.Module | None, relu: ReLU
-) -> Tensor | None:
-    """The same in one pass of the CPU engine, which adds while the sums are in cache; None where it cannot."""
-    if not (_plain(conv, nn.Conv2d) and _plain_relu(relu) and _real(input) and _real(other)):
-        return None
-    weight: Tensor = conv.weight
-    bias, gain = conv.bias, None
-    if (
-        not (norm is None or (isinstance(norm, nn.BatchNorm2d) and _folds(norm, weight)))
-        or conv.padding_mode != "zeros"
-        or isinstance(conv.padding, str)
-        or not _on_engine(input, weight, bias, other)
-        or other.dtype is not input.dtype
-        or _cpu_conv.refuse(input, weight, bias, conv.stride, conv.padding, conv.dilation)
-    ):
-        return None
-    geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    sides = []
-    for d, side in enumerate(input.shape[2:]):
-        numbers: Any = (*(pair[d] for pair in geometry), False)
-        sides.append(pooled_size(side, *numbers))
-    if other.shape != (input.shape[0], conv.out_channels, *sides):  # broadcast
-        return None
-    if norm is not None:
-        gain, bias = gain_and_bias(conv, norm)
-        if not _on_engine(input, weight, gain, bias):
-            return None
-        if gain.dtype is not torch.float32:
-            weight, gain = scaled(weight, gain), None
-    arguments: Any = (*geometry[1:], conv.groups, relu is not None, other)
-    return _cpu_conv.inference(input, weight, gain, bias, *arguments)
+    output += other
+    own = relu is not None and _plain_relu(relu)
+    return _rectify_own(output) if own else _rectify(output, relu)
 
 
 def _folds(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
@@ -160,22 +136,39 @@ def _convolve(
     weight: Tensor,
     gain: Tensor | None,
     bias: Tensor | None,
-    relu: bool,
+    relu: ReLU = None,
+    other: Tensor | None = None,
 ) -> Tensor:
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = (0, 0)
-    geometry = (conv.stride, padding, conv.dilation)
+    geometry: Any = (conv.stride, padding, conv.dilation)
+    # The engine adds while its sums are in cache; what is broadcast is added after.
+    added = other if other is not None and _addable(other, input, weight, *geometry) else None
+    apart = other is not None and added is None
     if not isinstance(padding, str) and _on_engine(input, weight, gain, bias):
-        arguments: Any = (input, weight, gain, bias, *geometry, conv.groups, relu)
+        rectifies = relu is not None and not apart
         if _cpu_conv.refuse(input, weight, bias, *geometry) is None:
-            return _cpu_conv.inference(*arguments)
+            arguments: Any = (input, weight, gain, bias, *geometry, conv.groups, rectifies, added)
+            output = _cpu_conv.inference(*arguments)
+            return _finish(output, relu, other) if apart else output
     if gain is not None:
         weight = scaled(weight, gain)
-    function: Any = ops.conv2d_relu if relu else F.conv2d
-    output: Tensor = function(input, weight, bias, *geometry, conv.groups)
-    return output
+    function: Any = ops.conv2d_relu if relu is not None and other is None else F.conv2d
+    output = function(input, weight, bias, *geometry, conv.groups)
+    return output if other is None else _finish(output, relu, other)
+
+
+def _addable(
+    other: Tensor, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> bool:
+    """Whether the engine can add ``other``: it is like what the convolution makes, and nobody watches it."""
+    if isinstance(padding, str) or input.dim() != 4 or needs_dispatcher(other):
+        return False
+    sides = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    shape = (input.shape[0], weight.shape[0], *sides)
+    return _real(other) and other.dtype is input.dtype and other.shape == shape
 
 
 def linear(input: Tensor, linear: nn.Linear, relu: ReLU) -> Tensor:
@@ -264,26 +257,11 @@ def convolution_max_pool(
     ):
         output = convolution(input, conv, None, relu)
         return max_pool(output, pool) if norm is None else lrn_max_pool(output, norm, pool)
-    layer: Any = (
-        *(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-    )
-    pooling: Any = {
-        "pool_size": pool.kernel_size,
-        "pool_stride": pool.stride,
-        "pool_padding": pool.padding,
-        "ceil_mode": pool.ceil_mode,
-    }
     if norm is None:
-        return ops.conv2d_relu_max_pool2d(*layer, **pooling)
-    return ops.conv2d_relu_lrn_max_pool2d(
-        *layer,
-        size=norm.size,
-        alpha=norm.alpha,
-        beta=norm.beta,
-        k=norm.k,
-        lrn_groups=getattr(norm, "groups", 1),
-        **pooling,
-    )
+        return run_layers(input, conv, pool)
+    lrn_groups = getattr(norm, "groups", 1)
+    window = {"size": norm.size, "alpha": norm.alpha, "beta": norm.beta, "k": norm.k}
+    return run_layers(input, conv, pool, **window, lrn_groups=lrn_groups)
 
 
 def enter(input: Any) -> Any:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import reference
-from fastalex._geometry import empty_in_layout, in_layout_of
+from fastalex._geometry import convolved_size, empty_in_layout, in_layout_of
 from fastalex.backends import no_refusal
 from fastalex.ops import _cpu_conv, _cuda, _triton
 from fastalex.ops._arguments import (
@@ -34,13 +34,8 @@ def fake_conv(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    sizes = (
-        (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1)
-        // stride[d]
-        + 1
-        for d in (0, 1)
-    )
-    return empty_in_layout(input, (input.shape[0], weight.shape[0], *sizes))
+    sides = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return empty_in_layout(input, (input.shape[0], weight.shape[0], *sides))
 
 
 def _fake_backward(

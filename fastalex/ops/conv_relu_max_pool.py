@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex._geometry import empty_in_layout, pooled_size
+from fastalex._geometry import convolved_size, empty_in_layout, pooled_size
 from fastalex.backends import forced, no_refusal
 from fastalex.ops import _cpu, _cpu_conv, _triton
 from fastalex.ops._arguments import Pair, lrn_scale
@@ -153,11 +153,7 @@ def _pooling(
 ) -> tuple[tuple[Pair, ...], torch.Size]:
     """Checks the pool over the convolution's map; returns its (size, stride, padding) and the map's shape."""
     input, weight, _, steps, pads, spread, _ = arguments
-    sides = (
-        (input.shape[d + 2] + 2 * pads[d] - spread[d] * (weight.shape[d + 2] - 1) - 1) // steps[d]
-        + 1
-        for d in (0, 1)
-    )
+    sides = convolved_size(input.shape[2:], weight.shape[2:], steps, pads, spread)
     shape = torch.Size((input.shape[0], weight.shape[0], *sides))
     return pool_geometry(shape, size, stride, padding, 1, ceil_mode, name)[:3], shape
 
@@ -289,24 +285,25 @@ class FusedSequential(nn.Sequential):
 
 
 def _run_merged(input: Tensor, conv: Conv2dReLU, pool: LRNMaxPool2d | MaxPool2d) -> Tensor:
-    convolution: Any = (
-        *(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups),
-    )
-    pooling: Any = {
-        "pool_size": pool.kernel_size,
-        "pool_stride": pool.stride,
-        "pool_padding": pool.padding,
-        "ceil_mode": pool.ceil_mode,
-    }
     if isinstance(pool, MaxPool2d):
-        return conv2d_relu_max_pool2d(*convolution, **pooling)
-    return conv2d_relu_lrn_max_pool2d(
-        *convolution,
-        size=pool.size,
-        alpha=pool.alpha,
-        beta=pool.beta,
-        k=pool.k,
-        lrn_groups=pool.groups,
-        alpha_mode=pool.alpha_mode,
-        **pooling,
+        return run_layers(input, conv, pool)
+    norm = {name: getattr(pool, name) for name in ("size", "alpha", "beta", "k", "alpha_mode")}
+    return run_layers(input, conv, pool, lrn_groups=pool.groups, **norm)
+
+
+def run_layers(input: Tensor, conv: nn.Conv2d, pool: Any, **norm: Any) -> Tensor:
+    """``pool`` of the ReLU of ``conv``, by their attributes; ``norm``: conv2d_relu_lrn_max_pool2d's of LRN, or none."""
+    geometry: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    function: Any = conv2d_relu_lrn_max_pool2d if norm else conv2d_relu_max_pool2d
+    output: Tensor = function(
+        input,
+        conv.weight,
+        conv.bias,
+        *geometry,
+        pool_size=pool.kernel_size,
+        pool_stride=pool.stride,
+        pool_padding=pool.padding,
+        ceil_mode=pool.ceil_mode,
+        **norm,
     )
+    return output

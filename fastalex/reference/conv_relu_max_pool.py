@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastalex.reference.conv_relu import conv_relu
-from fastalex.reference.lrn import lrn
+from fastalex.reference.lrn_max_pool import lrn_max_pool
 from fastalex.reference.max_pool import Ints, max_pool
 
 
@@ -47,5 +47,5 @@ def conv_relu_lrn_max_pool(
 ) -> Tensor:
     """The three in turn, the maps rounded to the input's dtype between them."""
     map = conv_relu(input, weight, bias, stride, padding, dilation, groups)
-    map = lrn(map, size, scale, beta, k, lrn_groups)
-    return max_pool(map, pool_size, pool_stride, pool_padding, (1, 1), ceil_mode, False)[0]
+    norm, pool = (size, scale, beta, k, lrn_groups), (pool_size, pool_stride, pool_padding)
+    return lrn_max_pool(map, *norm, *pool, ceil_mode, False)[0]
