@@ -1,13 +1,10 @@
-"""conv2d_relu on every backend, layout and dtype, against float64; packed weights; autocast."""
+"""conv2d_relu on every backend, layout and dtype, against float64, and what each refuses."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import gc
 import subprocess
 import sys
-import threading
 import zlib
 
 import pytest
@@ -20,7 +17,15 @@ from fastalex._geometry import in_layout_of
 from fastalex.ops.conv_relu import CONV_RELU, CONV_RELU_BACKWARD
 from tests.support import bounds
 from tests.support.backends import BACKENDS, conv_precision, running, with_precisions
-from tests.support.cases import CONV_CASES, DTYPES, Conv, lay_out, random_input, with_specials
+from tests.support.cases import (
+    CONV_CASES,
+    DTYPES,
+    Conv,
+    conv_layer,
+    lay_out,
+    random_input,
+    with_specials,
+)
 
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "row_slice", "expanded", "transposed")
@@ -254,17 +259,11 @@ def test_saves_input_weight_and_output_alone():
     assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr(), y.data_ptr()}
 
 
-# --- refusals and packed weights -----------------------------------------------------------------
-
-
-def big(dtype=torch.float32):
-    """A layer and an input."""
-    layer = ops.Conv2dReLU(16, 32, 3, padding=1).to(dtype)
-    return layer, torch.randn(2, 16, 20, 20).to(dtype)
+# --- refusals, threads, precision, padding modes ----------------------------------------------------
 
 
 def test_cpu_refuses_float64():
-    layer, x = big(torch.float64)
+    layer, x = conv_layer(torch.float64)
     with fastalex.use_backend("cpu"), pytest.raises(fastalex.BackendError, match=r"torch\.float64"):
         layer(x)
 
@@ -277,214 +276,6 @@ def test_cpu_refuses_what_only_torch_defines():
         with pytest.raises(fastalex.BackendError, match="one is larger"):
             ops.conv2d_relu(torch.randn(1, 3, 5, 5), weight, stride=1 << 40)
     assert ops.conv2d_relu(torch.randn(1, 3, 5, 5), weight, stride=1 << 40).shape[-1] == 1
-
-
-def assert_current(layer, x):
-    """Asserts that the layer computes what its present weights say, in each mode, with its gradient."""
-    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-    expected = F.relu(F.conv2d(x.double(), weight, bias, padding=1))
-    with fastalex.use_backend("cpu"), torch.no_grad():
-        bounds.assert_precision(layer(x), expected, "high")
-    if torch.is_inference_mode_enabled():
-        return
-    leaf = x.detach().clone().requires_grad_()
-    with fastalex.use_backend("cpu"):
-        y = layer(leaf)
-        bounds.assert_precision(y.detach(), expected, "high")
-        (grad,) = torch.autograd.grad(y.sum(), leaf)
-    mask = (y.detach() > 0).double()
-    bounds.assert_precision(
-        grad, torch.nn.grad.conv2d_input(x.shape, weight, mask, padding=1), "high"
-    )
-
-
-def double_in_place(layer, x):
-    with torch.no_grad():
-        layer.weight.mul_(2)
-
-
-def write_through_a_view(layer, x):
-    with torch.no_grad():
-        layer.weight[3].fill_(0.5)
-
-
-def replace_data(layer, x):
-    layer.weight.data = torch.randn_like(layer.weight)
-
-
-def optimiser_step(layer, x):
-    layer(x).sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9).step()
-
-
-def fused_optimiser_step(layer, x):
-    layer(x).sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
-
-
-def load_state_dict(layer, x):
-    layer.load_state_dict(big()[0].state_dict())
-
-
-def assign_state_dict(layer, x):
-    layer.load_state_dict(big()[0].state_dict(), assign=True)
-
-
-def new_parameter(layer, x):
-    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
-
-
-# What leaves the version counter as it was.
-def write_through_data(layer, x):
-    layer.weight.data.mul_(2)
-
-
-def write_one_element_through_data(layer, x):
-    layer.weight.data[17, 5, 2, 1] += 100
-
-
-def swap_two_elements_through_numpy(layer, x):
-    values = layer.weight.detach().numpy()
-    values[3, 1, 0, 0], values[9, 2, 1, 1] = values[9, 2, 1, 1] + 1, values[3, 1, 0, 0] - 1
-
-
-def write_from_another_thread(layer, x):
-    thread = threading.Thread(target=write_through_data, args=(layer, x))
-    thread.start()
-    thread.join()
-
-
-def change_the_layout(layer, x):
-    layer.to(memory_format=torch.channels_last)
-
-
-UNSEEN_BY_THE_VERSION = [
-    write_through_data,
-    write_one_element_through_data,
-    swap_two_elements_through_numpy,
-    write_from_another_thread,
-]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        double_in_place,
-        write_through_a_view,
-        replace_data,
-        optimiser_step,
-        fused_optimiser_step,
-        load_state_dict,
-        assign_state_dict,
-        new_parameter,
-        change_the_layout,
-        *UNSEEN_BY_THE_VERSION,
-    ],
-)
-def test_packed_weights_follow_the_weight(change):
-    layer, x = big()
-    assert_current(layer, x)
-    change(layer, x)
-    assert_current(layer, x)
-    change(layer, x)
-    change(layer, x)
-    assert_current(layer, x)
-
-
-def test_packed_weights_follow_the_geometry():
-    layer, x = big()
-    for size in (20, 24, 20):
-        assert_current(layer, torch.randn(2, 16, size, size))
-    assert_current(layer, x.contiguous(memory_format=torch.channels_last))
-
-
-def test_packed_gradients_follow_stride_and_padding():
-    """The taps of each phase of a strided input gradient move with the padding, their number does not."""
-    weight = torch.randn(24, 16, 2, 2)
-    for padding in (0, 1, 0):
-        x = torch.randn(2, 16, 12, 12, requires_grad=True)
-        with fastalex.use_backend("cpu"):
-            y = ops.conv2d_relu(x, weight, stride=2, padding=padding)
-            (grad,) = torch.autograd.grad(y.sum(), x)
-        mask, wide = (y.detach() > 0).double(), weight.double()
-        right = torch.nn.grad.conv2d_input(x.shape, wide, mask, stride=2, padding=padding)
-        bounds.assert_precision(grad, right, "high")
-
-
-def test_packed_weights_under_inference_mode():
-    layer, x = big()
-    with torch.inference_mode():
-        assert_current(layer, x)
-        frozen = copy.deepcopy(layer)
-        assert_current(frozen, x)
-        frozen.weight.mul_(2)
-        assert_current(frozen, x)
-
-
-def test_a_deep_copy_packs_its_own():
-    layer, x = big()
-    assert_current(layer, x)
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        twin.weight.neg_()
-    assert_current(twin, x)
-    assert_current(layer, x)
-
-
-def test_packed_weights_go_with_the_weight():
-    gc.collect()
-    before = torch.ops.fastalex_cpu.packed_bytes()
-    layer, x = big()
-    assert_current(layer, x)
-    held = torch.ops.fastalex_cpu.packed_bytes()
-    assert held > before
-    layer.weight.data = layer.weight.data.clone()  # the first data's packed forms go
-    assert_current(layer, x)
-    assert torch.ops.fastalex_cpu.packed_bytes() == held
-    del layer
-    gc.collect()
-    assert torch.ops.fastalex_cpu.packed_bytes() == before
-
-
-def test_unchanged_weights_are_packed_once():
-    """The bytes stay where they are, so a second call finds what the first packed."""
-    layer, x = big()
-    assert_current(layer, x)
-    held = torch.ops.fastalex_cpu.packed_bytes()
-    for _ in range(3):
-        assert_current(layer, x)
-    assert torch.ops.fastalex_cpu.packed_bytes() == held
-
-
-def test_calls_from_many_threads_with_a_weight_that_changes():
-    """Every result is that of one of the weights the call could have met, never a mixture."""
-    layers = [big()[0].eval() for _ in range(3)]
-    x = torch.randn(1, 16, 20, 20)
-    with torch.no_grad():
-        expected = [layer(x) for layer in layers]
-        shared = torch.nn.Parameter(layers[0].weight.detach().clone())
-        wrong = []
-
-        def work(number):
-            torch.set_num_threads(1 + number % 2)
-            mine = copy.deepcopy(layers[number % 3])
-            for turn in range(30):
-                if number == 0:  # replaced, so that a reader holds the old or the new one whole
-                    shared.data = layers[turn % 3].weight.detach().clone()
-                y = mine(x)
-                if not torch.equal(y, expected[number % 3]):
-                    wrong.append(number)
-                now = shared.detach()
-                z = ops.conv2d_relu(x, now, layers[0].bias, padding=1)
-                if not torch.equal(z, ops.conv2d_relu(x, now.clone(), layers[0].bias, padding=1)):
-                    wrong.append(number)
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
 
 
 @pytest.mark.parametrize("isa", [name for name in BACKENDS if name.startswith("cpu")])
@@ -547,55 +338,6 @@ def test_explain_shows_the_engines_plan(capsys):
     assert "predicted" in tiles
     assert "packed weights" in tiles
     assert "direct, bands" in sums
-
-
-# --- autocast ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
-def test_autocast_dtypes_are_conv2ds(dtype, given):
-    """Every combination that conv2d takes under autocast gives the dtype it gives."""
-    weight, bias, x = torch.randn(8, 4, 3, 3), torch.randn(8), torch.randn(2, 4, 9, 9)
-    with torch.autocast("cpu", dtype=dtype):
-        if given is torch.float64:  # left alone
-            weight, bias = weight.double(), bias.double()
-        expected = F.relu(F.conv2d(x.to(given), weight, bias))
-        y = ops.conv2d_relu(x.to(given), weight, bias)
-    assert y.dtype is expected.dtype
-    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
-
-
-def test_autocast_gradients_reach_float32_parameters():
-    layer, x = big()
-    x.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype is torch.bfloat16
-    y.sum().backward()
-    for tensor in (x, layer.weight, layer.bias):
-        assert tensor.grad.dtype is torch.float32
-    narrow = [t.detach().bfloat16().double() for t in (x, layer.weight, layer.bias)]
-    leaves = [t.requires_grad_() for t in narrow]
-    wide = F.relu(F.conv2d(*leaves, padding=1))
-    wide.sum().backward()
-    # A sum of 800 ones is exact in float32; the masks differ only where the sum rounds to zero.
-    same_mask = (y > 0) == (wide > 0)
-    assert same_mask.float().mean() > 0.999
-    torch.testing.assert_close(
-        layer.bias.grad.double(), leaves[2].grad, rtol=bounds.eps(torch.bfloat16), atol=1
-    )
-
-
-def test_autocast_agrees_with_its_own_cast():
-    """Under autocast: exactly the call with everything cast by hand."""
-    layer, x = big()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = layer(x)
-    by_hand = ops.conv2d_relu(
-        x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16(), padding=1
-    )
-    assert torch.equal(inside, by_hand)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

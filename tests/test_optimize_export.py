@@ -13,7 +13,7 @@ from torch import nn
 import fastalex
 from fastalex import ops
 from tests.support import optimized
-from tests.test_optimize import MODELS, Residual, chain
+from tests.support.optimized import MODELS, Residual, chain
 
 NAMES = ("chain", "functional", "residual")
 DYNAMIC = ({0: torch.export.Dim("batch", min=1)},)

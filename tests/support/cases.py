@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex import ops
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -230,3 +232,9 @@ def with_specials(values: Tensor) -> Tensor:
     ):
         flat[start::13] = special
     return flat.view(values.shape)
+
+
+def conv_layer(dtype=torch.float32):
+    """A layer large enough for every engine, and an input."""
+    layer = ops.Conv2dReLU(16, 32, 3, padding=1).to(dtype)
+    return layer, torch.randn(2, 16, 20, 20).to(dtype)

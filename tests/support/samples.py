@@ -173,3 +173,12 @@ SAMPLES = {
         ),
     )
 }
+FORWARD = sorted(SAMPLES)
+#: In one pass at inference; their gradients are those of the operators they are made of.
+COMPOSED = ["conv_relu_lrn_max_pool", "conv_relu_max_pool"]
+
+
+def strides(tensor: torch.Tensor) -> list[int]:
+    """Strides that mean something: those of dims with more than one element."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
