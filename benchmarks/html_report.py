@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -33,7 +32,7 @@ thead th:first-child { background: var(--soft) }
 .ours { font-weight: bold }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem }
 dt { color: var(--dim) } dd { margin: 0; overflow-wrap: anywhere }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem }
+figure { margin: 0 } svg { max-width: 100%; height: auto }
 p, li { overflow-wrap: anywhere }
 """
 
@@ -79,19 +78,18 @@ def render(
     roof: Roof,
     checks: Sequence[Check],
     environment: dict[str, Any],
-    plot: bytes | None,
+    figures: Mapping[str, str],
 ) -> str:
-    """The page; ``plot`` is a PNG, or None where no row has a ratio to draw."""
+    """The page; ``figures`` are SVG elements by title, none where no row has a ratio to draw."""
     facts = "\n".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
         for name, value in _provenance(roof, checks, environment)
     )
-    picture = "<p>No row has a ratio to eager, so there is nothing to draw.</p>"
-    if plot is not None:
-        source = base64.b64encode(plot).decode()
-        picture = (
-            f'<img alt="Speed-up over eager torch, each row" src="data:image/png;base64,{source}">'
-        )
+    pictures = "\n".join(
+        f"<h2>{escape(title)}</h2>\n<figure>{figure}</figure>" for title, figure in figures.items()
+    )
+    if not figures:
+        pictures = "<p>No row has a ratio to eager, so there is nothing to draw.</p>"
     remarks = "\n".join(f"<li>{escape(note)}</li>" for note in report.notes(rows))
     notes = f"<h2>Notes</h2>\n<ul>\n{remarks}\n</ul>" if remarks else ""
     return f"""<!DOCTYPE html>
@@ -109,8 +107,7 @@ def render(
 {_table(rows, providers)}
 </div>
 {notes}
-<h2>Speed-up</h2>
-{picture}
+{pictures}
 <h2>Provenance</h2>
 <dl>
 {facts}

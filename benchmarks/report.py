@@ -1,9 +1,8 @@
-"""Shows the rows: a table on the terminal, markdown, JSON and a plot."""
+"""Shows the rows: a table on the terminal, markdown and JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -120,14 +119,22 @@ def print_table(console: Console, rows: Sequence[Row], providers: Sequence[str])
         console.print(f"  {note}", soft_wrap=True, markup=False)
 
 
+def markdown(rows: Sequence[Row], providers: Sequence[str]) -> str:
+    """The table, without columns that are empty."""
+    headings, lines = cells(rows, providers)
+    used = [i for i in range(len(headings)) if any(line[i] for line in lines)]
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(
+        "| " + " | ".join(line[i] for i in used) + " |" for line in [headings, rule, *lines]
+    )
+
+
 def write_markdown(
     path: pathlib.Path, rows: Sequence[Row], providers: Sequence[str], caption: str
 ) -> None:
-    headings, lines = cells(rows, providers)
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *lines])
     extra = "".join(f"- {note}\n" for note in notes(rows))
-    path.write_text(f"{text}\n\n{caption}\n" + (f"\n{extra}" if extra else ""))
+    text = f"{markdown(rows, providers)}\n\n{caption}\n" + (f"\n{extra}" if extra else "")
+    path.write_text(text)
 
 
 def write_json(
@@ -149,42 +156,3 @@ def write_json(
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def plot(path: pathlib.Path, rows: Sequence[Row], caption: str) -> bool:
-    """Speed-up over the baseline, a bar a provider and case, on a logarithmic axis; False where no row has one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = {
-        case: [row for row in group if row.ratio is not None and row.provider != BASELINE]
-        for case, group in by_case(rows).items()
-    }
-    groups = {case: group for case, group in groups.items() if group}
-    if not groups:
-        return False
-    providers = list(dict.fromkeys(row.provider for group in groups.values() for row in group))
-    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.32 * len(groups)), layout="constrained")
-    height = 0.8 / len(providers)
-    for index, provider in enumerate(providers):
-        places, values = [], []
-        for place, group in enumerate(groups.values()):
-            for row in group:
-                if row.provider == provider:
-                    places.append(place + index * height)
-                    values.append(1 / row.ratio)
-        bars = axes.barh(places, values, height, label=provider)
-        axes.bar_label(bars, [f" {value:.2g}x" for value in values], fontsize=6)
-    axes.set_yticks([p + 0.4 - height / 2 for p in range(len(groups))], list(groups), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(right=2 ** math.ceil(math.log2(axes.get_xlim()[1]) + 0.5))
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel(f"times as fast as torch {BASELINE}")
-    axes.legend(loc="upper right")
-    axes.set_title(caption, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True

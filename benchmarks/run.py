@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, html_report, parity, report, roofline, runner
+from benchmarks import environment, html_report, parity, plots, report, roofline, runner
 from benchmarks.cases import PEERS, PROVIDERS, Case, all_cases, select
 
 #: A default run starts no compilation after this; the longest takes most of a minute.
@@ -134,11 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     json_path = options.json or options.out / "results.json"
     report.write_json(json_path, rows, roof, checks, described)
     picture, page = options.out / "speedup.png", options.out / "report.html"
-    drawn = report.plot(picture, rows, caption)
-    plot = picture.read_bytes() if drawn else None
-    text = html_report.render(rows, options.providers, roof, checks, described, plot)
+    drawn = {
+        "Speed-up over eager torch": plots.speedup(rows, caption),
+        "Operators under the measured roof": plots.roofline(rows, roof, caption),
+    }
+    figures = {title: plots.svg(draw, title) for title, draw in drawn.items() if draw}
+    text = html_report.render(rows, options.providers, roof, checks, described, figures)
     page.write_text(text, encoding="utf-8")
-    written = [json_path, *([picture] if drawn else []), page]
+    written = [json_path, page]
+    if (bars := drawn["Speed-up over eager torch"]) is not None:
+        picture.write_bytes(plots.png(bars))
+        written.append(picture)
     if options.markdown:
         report.write_markdown(options.markdown, rows, options.providers, caption)
         written.append(options.markdown)
