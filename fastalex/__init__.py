@@ -1,4 +1,4 @@
-"""Hand-written CPU and GPU kernels that run the AlexNet family of networks in PyTorch at hardware speed."""
+"""Hand-written CPU and GPU kernels for the AlexNet family of networks in PyTorch."""
 
 from importlib.metadata import version as _version
 

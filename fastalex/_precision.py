@@ -14,13 +14,9 @@ def set_conv_precision(precision: str) -> None:
     The error is that of the output (and of each gradient) against float64, as a share of its norm, and its largest
     element as a share of the largest output:
 
-    ========= ======================= ================ ===================
-    precision algorithms              error, norm      largest element
-    ========= ======================= ================ ===================
-    highest   direct sums alone       float32 rounding float32 rounding
-    high      and accurate Winograd   at most 1e-5     at most 5e-5
-    medium    and aggressive Winograd at most 1e-4     at most 5e-4
-    ========= ======================= ================ ===================
+    - ``"highest"``: direct sums alone; float32's rounding in both.
+    - ``"high"``: and accurate Winograd tiles; at most 1e-5, and 5e-5.
+    - ``"medium"``: and aggressive Winograd tiles; at most 1e-4, and 5e-4.
 
     bfloat16 and float16 compute as float32 does and round once, at the end. Other backends take no notice.
 

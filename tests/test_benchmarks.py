@@ -298,7 +298,7 @@ def page_of(rows: list[runner.Row], figures: dict[str, str]) -> str:
         "isa": "avx2",
         "threads": 2,
         "python": "3.11.0",
-        "versions": {"torch": "2.14.1", "fastalex": "0.1.0"},
+        "versions": {"torch": "2.14.1", "fastalex": "1.2.3"},
         "commit": None,
         "date": "2026-01-02T03:04:05+00:00",
     }

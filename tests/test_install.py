@@ -196,4 +196,7 @@ def test_version_is_written_once():
     (version,) = re.findall(r'^version = "(.*)"', project.read_text(), re.MULTILINE)
     patterns = ("*.*", "[a-z]*/**/*.py", "docs/*.md")
     texts = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
-    assert [path for path in texts if version in path.read_text()] == [project]
+    changes = ROOT / "CHANGELOG.md"
+    assert {path for path in texts if version in path.read_text()} == {project, changes}
+    released = re.findall(r"^## (\S+)", changes.read_text(), re.MULTILINE)
+    assert released[0] in (version, "Unreleased")

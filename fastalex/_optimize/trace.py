@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-#: What a forward is called with: tensors alone, or one list of them (a dense layer's features).
-KINDS = (Tensor, list)
-
 
 class Untraceable(Exception):
     """The forward does something that a graph would lose; the message says what."""

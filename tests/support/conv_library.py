@@ -200,10 +200,6 @@ class Plan:
     def chosen(self) -> str:
         return {1: "direct", 2: "winograd"}[library().conv_engine(self.handle)]
 
-    @property
-    def predicted(self) -> float:
-        return library().conv_predicted(self.handle)
-
     def explain(self) -> str:
         text = ctypes.create_string_buffer(8192)
         library().conv_explain(self.handle, text, len(text))
