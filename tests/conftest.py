@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fastalex import _native
+
+
+@pytest.hookimpl(
+    tryfirst=True
+)  # before hypothesis reads its option, and xdist hands it to its processes
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for all random examples of a run, a new one each time unless the command names it."""
+    if getattr(config.option, "hypothesis_seed", "absent") is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().getrandbits(32))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    seed = getattr(terminalreporter.config.option, "hypothesis_seed", None)
+    if seed is not None:
+        terminalreporter.write_line(f"random examples: --hypothesis-seed={seed}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,60 @@
 """``python -m tests.support.abi_check WHEEL TORCH...``: one wheel in a fresh environment of every torch named.
 
-Each installation runs the tour of the package, at the CPU's best instruction set and capped to each lower one.
+Each installation runs the tour of the package, at the CPU's best instruction set and capped to each lower one, then
+the smoke tests, which run every instruction set against float64 and stock torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import venv
 from pathlib import Path
 
-from tests.support.packaging import TOUR, run
+from tests.support.packaging import ROOT, TOUR, run
+
+#: The operators' case tables and the layers, gradients included.
+SMOKE = (
+    *("test_lrn", "test_max_pool", "test_lrn_max_pool", "test_conv_relu_max_pool"),
+    *("test_linear_relu", "test_augment", "test_layers", "test_operators"),
+)
+
+
+def tour(python: str, torch: str, isa: str, folder: Path) -> bool:
+    done = run([python, "-c", TOUR], folder, FASTALEX_CPU_ISA=isa)
+    wanted = (f"torch           {torch}+", "lrn: runs on cpu", f"{isa} kernels")
+    passed = done.code == 0 and all(text in done.text for text in wanted)
+    print(f"torch {torch}, at most {isa}: {'works' if passed else f'FAILS{chr(10)}{done.text}'}")
+    return passed
+
+
+def smoke(python: str, torch: str, folder: Path) -> bool:
+    """The tests without the sources they came with: what they import is the wheel's."""
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    files = [f"tests/{name}.py" for name in SMOKE]
+    command = [python, "-m", "pytest", "-q", "-m", "not slow and not gpu", *files]
+    done = run(command, folder)
+    summary = done.text.strip().splitlines()[-1]
+    print(
+        f"torch {torch}, smoke tests: {summary if done.code == 0 else f'FAIL{chr(10)}{done.text}'}"
+    )
+    return done.code == 0
 
 
 def check(wheel: Path, torch: str, folder: Path) -> bool:
-    """Whether the tour runs on the CPU library; prints what was said where it does not."""
+    """Whether the tour and the smoke tests pass; prints what was said where they don't."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin/python")
-    done = run(
-        [python, "-m", "pip", "install", "-q", f"torch=={torch}", "numpy", str(wheel)], folder
-    )
+    needs = [f"torch=={torch}", str(wheel), "numpy", "pytest"]
+    done = run([python, "-m", "pip", "install", "-q", *needs], folder)
     if done.code != 0:
         print(f"torch {torch}: not installed\n{done.text}")
         return False
-    works = True
-    for isa in ("avx512", "avx2", "portable"):
-        tour = run([python, "-c", TOUR], folder, FASTALEX_CPU_ISA=isa)
-        passed = (
-            tour.code == 0 and f"torch {torch}" in tour.text and "lrn: runs on cpu" in tour.text
-        )
-        print(f"torch {torch}, at most {isa}: {'works' if passed else 'FAILS'}")
-        if not passed:
-            print(tour.text)
-        works = works and passed
-    return works
+    toured = [tour(python, torch, isa, folder) for isa in ("avx512", "avx2", "portable")]
+    return smoke(python, torch, folder) and all(toured)
 
 
 def main() -> None:
@@ -42,6 +62,7 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("torch", nargs="+", help="versions of torch, e.g. 2.11.0")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     results = []
     for version in options.torch:
         with tempfile.TemporaryDirectory() as folder:

@@ -182,11 +182,17 @@ UNUSUAL_LAYOUTS = (
     "overlapping",
     "one_channel",
     "swapped",
+    "negated",
 )
+# Of matrices and of vectors.
+MATRIX_LAYOUTS = ("contiguous", "row_slice", "expanded", "misaligned", "overlapping", "swapped")
+VECTOR_LAYOUTS = ("contiguous", "row_slice", "expanded", "misaligned", "negated")
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values in memory laid out otherwise."""
+    """The same values in memory laid out otherwise; repeated where memory is."""
+    if values.dim() < 2 and layout in ("overlapping", "one_channel", "swapped"):
+        layout = "contiguous"
     if layout == "contiguous" or (values.dim() < 4 and layout in ("channels_last", "transposed")):
         return values.contiguous()
     if layout == "channels_last":
@@ -205,7 +211,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         plain = lay_out(
             values, layout.removeprefix("misaligned_").replace("misaligned", "contiguous")
         )
-        buffer = plain.new_full((plain.numel() + 1,), float("nan"))[1:]
+        filler = float("nan") if plain.is_floating_point() else 0
+        buffer = plain.new_full((plain.numel() + 1,), filler)[1:]
         return buffer.as_strided(plain.shape, plain.stride(), 1).copy_(plain)
     if layout == "overlapping":  # each row begins on the last element of the one before
         width = max(values.shape[-1] - 1, 1)
@@ -215,6 +222,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         return values[:, :1].expand(values.shape)
     if layout == "swapped":  # channels outermost in memory
         return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "negated":  # memory holds the opposite, and torch's lazy minus sign
+        return torch._neg_view(-values)
     assert layout == "transposed"
     return values.transpose(-1, -2).contiguous().transpose(-1, -2)
 

@@ -18,9 +18,14 @@ from fastalex import ops
 x = torch.randn(2, 8, 13, 13, requires_grad=True)
 w = torch.randn(4, 8, 3, 3)
 for y in (
-    ops.conv2d_relu(x, w), ops.local_response_norm(x, 5), ops.max_pool2d(x, 3, 2), ops.lrn_max_pool2d(x, 5)
+    ops.conv2d_relu(x, w), ops.local_response_norm(x, 5), ops.max_pool2d(x, 3, 2), ops.lrn_max_pool2d(x, 5),
+    ops.linear_relu(x, torch.randn(4, 13)),
 ):
     y.sum().backward()
+with torch.no_grad():
+    ops.conv2d_relu_max_pool2d(x, w), ops.conv2d_relu_lrn_max_pool2d(x, w, size=5)
+images, corners = torch.zeros(2, 9, 9, 3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+ops.augment(images, corners, torch.tensor([False, True]), size=7)
 print(fastalex.__file__, fastalex.__version__)
 fastalex.explain("lrn", x, 5)
 from fastalex.__main__ import main
