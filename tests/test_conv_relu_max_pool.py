@@ -167,9 +167,9 @@ def test_one_image_without_a_batch():
 
 def test_wrong_arguments_say_so():
     x, weight, bias = tensors("one", torch.float32, "contiguous")
-    with pytest.raises(ValueError, match="padding is 2; it must be at most half"):
+    with pytest.raises(ValueError, match="pool_padding is 2; it must be at most half of pool_size"):
         ops.conv2d_relu_max_pool2d(x, weight, bias, pool_padding=2)
-    with pytest.raises(ValueError, match=r"kernel_size .* does not fit input"):
+    with pytest.raises(ValueError, match=r"pool_size .* does not fit input"):
         ops.conv2d_relu_max_pool2d(x, weight, bias, pool_size=30)
     with pytest.raises(ValueError, match="groups is 3; it must divide the 16 channels"):
         ops.conv2d_relu_lrn_max_pool2d(x, weight, bias, size=5, lrn_groups=3)

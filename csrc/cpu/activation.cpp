@@ -9,6 +9,7 @@
 
 #include "buffer.h"
 #include "poison.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -87,8 +88,7 @@ DType dtype_of(const Tensor& tensor) {
     case torch::headeronly::ScalarType::Half:
       return DType::kFloat16;
     default:
-      STD_TORCH_CHECK(false,
-                      "fastalex: the CPU kernels take float32, float64, bfloat16 and float16");
+      fail("the CPU kernels take float32, float64, bfloat16 and float16");
   }
 }
 
@@ -99,9 +99,9 @@ int32_t dtype_code(const Tensor& tensor) {
 }
 
 Activation read(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "fastalex: the CPU kernels take CPU tensors");
-  STD_TORCH_CHECK(tensor.dim() >= 3 && tensor.dim() <= static_cast<int64_t>(kMaxDims),
-                  "fastalex: expected [N, C, ...] of 3 to ", kMaxDims, " dims, got ", tensor.dim());
+  require(tensor.is_cpu(), "the CPU kernels take CPU tensors");
+  require(tensor.dim() >= 3 && tensor.dim() <= static_cast<int64_t>(kMaxDims),
+          "expected [N, C, ...] of 3 to ", kMaxDims, " dims, got ", tensor.dim());
   Activation activation{tensor, {}};
   if (!describe(activation.tensor, &activation.map)) {
     activation.tensor = torch::stable::contiguous(tensor);
@@ -144,8 +144,8 @@ Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
                                                aoti_torch_device_type_cpu(), 0, &handle);
   double elements = 1;
   for (size_t d = 0; d < sizes.size(); ++d) elements *= static_cast<double>(sizes[d]);
-  STD_TORCH_CHECK(failed == 0, "fastalex: not enough memory for a result of ", elements,
-                  " elements");
+  require(failed == 0, "not enough memory for a result of ", elements,
+          " elements: make the batch smaller");
   Tensor tensor(handle);
   const int64_t bytes = tensor.numel() * tensor.element_size();
   use_huge_pages(tensor.mutable_data_ptr(), bytes);

@@ -6,8 +6,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #if defined(__linux__)
@@ -16,6 +14,7 @@
 
 #include "poison.h"
 #include "redzone.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -30,6 +29,10 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 thread_local Buffer t_scratch;
 
 }  // namespace
+
+void out_of_memory(size_t bytes) {
+  fail("not enough memory for ", bytes, " bytes of working memory: make the batch smaller");
+}
 
 void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
@@ -66,8 +69,7 @@ void Buffer::reserve(size_t bytes) {
     data_ = static_cast<char*>(std::aligned_alloc(huge ? kHugePage : kAlignment, capacity_));
     if (data_ == nullptr) {
       capacity_ = 0;
-      throw std::runtime_error("fastalex: not enough memory for " + std::to_string(bytes) +
-                               " bytes of working memory");
+      out_of_memory(bytes);
     }
     use_huge_pages(data_, capacity_);
   }

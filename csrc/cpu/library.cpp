@@ -7,6 +7,7 @@
 
 #include "parallel.h"
 #include "poison.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -66,13 +67,11 @@ std::string available_isas() {
 void set_isa(std::string name) {
   for (const IsaChoice& isa : kIsas) {
     if (name != isa.name) continue;
-    STD_TORCH_CHECK(isa.runs_here(), "fastalex: this CPU cannot run ", name, "; it runs ",
-                    available_isas());
+    require(isa.runs_here(), "this CPU cannot run ", name, "; it runs ", available_isas());
     g_kernels.store(isa.kernels, std::memory_order_relaxed);
     return;
   }
-  STD_TORCH_CHECK(false, "fastalex: unknown instruction set '", name, "'; one of ",
-                  available_isas());
+  fail("unknown instruction set '", name, "'; one of ", available_isas());
 }
 
 void set_poison(bool enabled) { g_poison.store(enabled, std::memory_order_relaxed); }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "kernels.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 
@@ -13,11 +14,10 @@ class Numbers {
   // Throws unless `packed` is a dense vector of `count` doubles on the CPU.
   Numbers(const torch::stable::Tensor& packed, int64_t count)
       : next_(static_cast<const double*>(packed.data_ptr())) {
-    STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 1 &&
-                        packed.scalar_type() == torch::headeronly::ScalarType::Double,
-                    "fastalex: numbers come as a float64 vector on the CPU");
-    STD_TORCH_CHECK(packed.numel() == count, "fastalex: expected ", count, " numbers, got ",
-                    packed.numel());
+    require(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 1 &&
+                packed.scalar_type() == torch::headeronly::ScalarType::Double,
+            "numbers come as a float64 vector on the CPU");
+    require(packed.numel() == count, "expected ", count, " numbers, got ", packed.numel());
   }
 
   double real() { return *next_++; }
@@ -25,8 +25,8 @@ class Numbers {
   int64_t integer() {
     const double value = real();
     constexpr double kExact = 9007199254740992.0;  // 2^53: beyond, a double skips integers
-    STD_TORCH_CHECK(value > -kExact && value < kExact && value == static_cast<int64_t>(value),
-                    "fastalex: expected an integer below 2^53, got ", value);
+    require(value > -kExact && value < kExact && value == static_cast<int64_t>(value),
+            "expected an integer below 2^53, got ", value);
     return static_cast<int64_t>(value);
   }
 

@@ -7,9 +7,9 @@ namespace fastalex::cpu {
 inline constexpr int64_t kLrnNumbers = 5, kPoolNumbers = 8;
 
 inline void check_lrn(const LrnParams& lrn, int64_t channels) {
-  STD_TORCH_CHECK(lrn.size > 0, "fastalex: size must be positive, got ", lrn.size);
-  STD_TORCH_CHECK(lrn.groups > 0 && channels % lrn.groups == 0, "fastalex: ", channels,
-                  " channels do not divide into ", lrn.groups, " groups");
+  require(lrn.size > 0, "size must be positive, got ", lrn.size);
+  require(lrn.groups > 0 && channels % lrn.groups == 0, channels, " channels do not divide into ",
+          lrn.groups, " groups");
 }
 
 inline LrnParams take_unchecked_lrn(Numbers& numbers) {
@@ -35,35 +35,33 @@ inline PoolParams take_pool(Numbers& numbers) {
                         .padding_w = numbers.integer(),
                         .dilation_h = numbers.integer(),
                         .dilation_w = numbers.integer()};
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 &&
-                      pool.stride_w > 0 && pool.dilation_h > 0 && pool.dilation_w > 0 &&
-                      pool.padding_h >= 0 && pool.padding_w >= 0,
-                  "fastalex: pooling takes positive kernel, stride and dilation, and padding >= 0");
-  STD_TORCH_CHECK(pool.padding_h <= pool.kernel_h / 2 && pool.padding_w <= pool.kernel_w / 2,
-                  "fastalex: padding is at most half the kernel");
+  require(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 &&
+              pool.dilation_h > 0 && pool.dilation_w > 0 && pool.padding_h >= 0 &&
+              pool.padding_w >= 0,
+          "pooling takes positive kernel, stride and dilation, and padding >= 0");
+  require(pool.padding_h <= pool.kernel_h / 2 && pool.padding_w <= pool.kernel_w / 2,
+          "padding is at most half the kernel");
   constexpr int64_t kLimit = int64_t{1} << 31;  // products of two then fit 64 bits
-  STD_TORCH_CHECK(pool.kernel_h < kLimit && pool.kernel_w < kLimit && pool.stride_h < kLimit &&
-                      pool.stride_w < kLimit && pool.dilation_h < kLimit &&
-                      pool.dilation_w < kLimit,
-                  "fastalex: pooling takes kernel, stride and dilation below 2^31");
+  require(pool.kernel_h < kLimit && pool.kernel_w < kLimit && pool.stride_h < kLimit &&
+              pool.stride_w < kLimit && pool.dilation_h < kLimit && pool.dilation_w < kLimit,
+          "pooling takes kernel, stride and dilation below 2^31");
   return pool;
 }
 
 inline PoolParams take_undilated_pool(Numbers& numbers) {
   const PoolParams pool = take_pool(numbers);
-  STD_TORCH_CHECK(pool.dilation_h == 1 && pool.dilation_w == 1,
-                  "fastalex: lrn_max_pool has no dilation");
+  require(pool.dilation_h == 1 && pool.dilation_w == 1, "lrn_max_pool has no dilation");
   return pool;
 }
 
 inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
                            int64_t dilation, bool ceil_mode) {
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0 || (ceil_mode && room > -stride), "fastalex: kernel larger than input");
+  require(room >= 0 || (ceil_mode && room > -stride), "kernel larger than input");
   int64_t windows = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
   // ceil_mode drops a last window that starts in the padding beyond the input.
   if (ceil_mode && (windows - 1) * stride >= size + padding) --windows;
-  STD_TORCH_CHECK(windows > 0, "fastalex: kernel larger than input");
+  require(windows > 0, "kernel larger than input");
   return windows;
 }
 

@@ -18,11 +18,10 @@ int32_t offsets_dtype(const PoolParams& pool) {
 
 // Throws unless a gradient matches the tensor it belongs to in dtype and in its first `dims` sizes.
 void require_like(const Tensor& grad, const Tensor& tensor, int64_t dims) {
-  STD_TORCH_CHECK(dtype_code(grad) == dtype_code(tensor) && grad.dim() == tensor.dim(),
-                  "fastalex: the gradient differs from the input in dtype or rank");
+  require(dtype_code(grad) == dtype_code(tensor) && grad.dim() == tensor.dim(),
+          "the gradient differs from the input in dtype or rank");
   for (int64_t d = 0; d < dims; ++d) {
-    STD_TORCH_CHECK(grad.sizes()[d] == tensor.sizes()[d],
-                    "fastalex: the gradient differs from the input in dim ", d);
+    require(grad.sizes()[d] == tensor.sizes()[d], "the gradient differs from the input in dim ", d);
   }
 }
 
@@ -51,7 +50,7 @@ Tensor lrn_backward(const Tensor& grad, const Tensor& input, const Tensor& packe
 // Checks a pool over `in` and allocates its output.
 Activation create_pooled(const Tensor& input, const Activation& in, const PoolParams& pool,
                          bool ceil_mode) {
-  STD_TORCH_CHECK(input.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
+  require(input.dim() == 4, "pooling takes [N, C, H, W]");
   const int64_t sizes[] = {in.map.batch, in.map.channels,
                            pooled_size(in.map.height, pool.kernel_h, pool.stride_h, pool.padding_h,
                                        pool.dilation_h, ceil_mode),
@@ -105,12 +104,10 @@ struct Unpooling {
 
 Unpooling create_unpooling(const Tensor& grad, const Tensor& offsets, int64_t height, int64_t width,
                            const PoolParams& pool, bool channels_last) {
-  STD_TORCH_CHECK(grad.dim() == 4 && offsets.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
-  STD_TORCH_CHECK(dtype_code(offsets) == offsets_dtype(pool),
-                  "fastalex: offsets of the wrong dtype");
+  require(grad.dim() == 4 && offsets.dim() == 4, "pooling takes [N, C, H, W]");
+  require(dtype_code(offsets) == offsets_dtype(pool), "offsets of the wrong dtype");
   for (int d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(grad.sizes()[d] == offsets.sizes()[d],
-                    "fastalex: the gradient and the offsets differ in shape");
+    require(grad.sizes()[d] == offsets.sizes()[d], "the gradient and the offsets differ in shape");
   }
   // Whether the last window was rounded up is not known here: either count will do.
   const auto fits = [](int64_t windows, int64_t size, int64_t kernel, int64_t stride,
@@ -118,11 +115,11 @@ Unpooling create_unpooling(const Tensor& grad, const Tensor& offsets, int64_t he
     return windows == pooled_size(size, kernel, stride, padding, dilation, true) ||
            windows == pooled_size(size, kernel, stride, padding, dilation, false);
   };
-  STD_TORCH_CHECK(fits(grad.sizes()[2], height, pool.kernel_h, pool.stride_h, pool.padding_h,
-                       pool.dilation_h) &&
-                      fits(grad.sizes()[3], width, pool.kernel_w, pool.stride_w, pool.padding_w,
-                           pool.dilation_w),
-                  "fastalex: the gradient is not of a pool over ", height, " x ", width);
+  require(fits(grad.sizes()[2], height, pool.kernel_h, pool.stride_h, pool.padding_h,
+               pool.dilation_h) &&
+              fits(grad.sizes()[3], width, pool.kernel_w, pool.stride_w, pool.padding_w,
+                   pool.dilation_w),
+          "the gradient is not of a pool over ", height, " x ", width);
   const int64_t sizes[] = {grad.sizes()[0], grad.sizes()[1], height, width};
   return {read_as(grad, channels_last), read_as(offsets, channels_last),
           create(dtype_code(grad), Sizes(sizes, 4), channels_last)};
@@ -162,7 +159,7 @@ std::tuple<Tensor, Tensor> lrn_max_pool(const Tensor& input, const Tensor& packe
 Tensor lrn_max_pool_backward(const Tensor& grad, const Tensor& input, const Tensor& offsets,
                              const Tensor& packed) {
   Numbers numbers(packed, kLrnNumbers + kPoolNumbers);
-  STD_TORCH_CHECK(input.dim() == 4, "fastalex: pooling takes [N, C, H, W]");
+  require(input.dim() == 4, "pooling takes [N, C, H, W]");
   const Activation in = read(input);
   require_like(grad, input, 2);
   const LrnParams lrn = take_lrn(numbers, in.map.channels);

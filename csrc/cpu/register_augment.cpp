@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "library.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -18,18 +19,18 @@ int32_t output_dtype(int64_t dtype) {
     case DType::kFloat16:
       return aoti_torch_dtype_float16();
     default:
-      STD_TORCH_CHECK(false, "fastalex: augment makes float32, bfloat16 and float16");
+      fail("augment makes float32, bfloat16 and float16");
   }
 }
 
 // Contiguous, of the given type and sizes; images alone may have strides.
 Tensor checked(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type &&
-                      tensor.dim() == static_cast<int64_t>(sizes.size()),
-                  "fastalex: augment got a tensor of another type, rank or device");
+  require(tensor.is_cpu() && tensor.scalar_type() == type &&
+              tensor.dim() == static_cast<int64_t>(sizes.size()),
+          "augment got a tensor of another type, rank or device");
   int64_t d = 0;
   for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(tensor.sizes()[d++] == size, "fastalex: augment got a tensor of another size");
+    require(tensor.sizes()[d++] == size, "augment got a tensor of another size");
   }
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -42,13 +43,12 @@ bool has_dense_rows(const Tensor& images) {
 Tensor augment(const Tensor& images, const Tensor& corners, const Tensor& mirrored,
                const Tensor& shift, const Tensor& mean, int64_t height, int64_t width, double scale,
                int64_t pitch, int64_t dtype) {
-  STD_TORCH_CHECK(images.is_cpu() && images.scalar_type() == ScalarType::Byte && images.dim() == 4,
-                  "fastalex: augment takes uint8 [N, H, W, C] on the CPU");
+  require(images.is_cpu() && images.scalar_type() == ScalarType::Byte && images.dim() == 4,
+          "augment takes uint8 [N, H, W, C] on the CPU");
   const Tensor x = has_dense_rows(images) ? images : torch::stable::contiguous(images);
   const int64_t n = x.sizes()[0], h = x.sizes()[1], w = x.sizes()[2], c = x.sizes()[3];
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= h && width <= w && pitch >= width,
-                  "fastalex: a crop of ", height, "x", width, " does not fit ", h, "x", w,
-                  " or its pitch ", pitch);
+  require(height > 0 && width > 0 && height <= h && width <= w && pitch >= width, "a crop of ",
+          height, "x", width, " does not fit ", h, "x", w, " or its pitch ", pitch);
   const Tensor at = checked(corners, ScalarType::Long, {n, 2});
   const Tensor flips = checked(mirrored, ScalarType::Bool, {n});
   const Tensor shifts = checked(shift, ScalarType::Float, {n, c});
@@ -57,10 +57,10 @@ Tensor augment(const Tensor& images, const Tensor& corners, const Tensor& mirror
                                      : checked(mean, ScalarType::Float, {c});
   const auto* corner = static_cast<const int64_t*>(at.data_ptr());
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(corner[2 * i] >= 0 && corner[2 * i] <= h - height && corner[2 * i + 1] >= 0 &&
-                        corner[2 * i + 1] <= w - width,
-                    "augment: corners must lie between 0 and [", h - height, ", ", w - width,
-                    "] for crops of ", height, "x", width, " in images of ", h, "x", w);
+    require(corner[2 * i] >= 0 && corner[2 * i] <= h - height && corner[2 * i + 1] >= 0 &&
+                corner[2 * i + 1] <= w - width,
+            "augment's corners must lie between 0 and [", h - height, ", ", w - width,
+            "] for crops of ", height, "x", width, " in images of ", h, "x", w);
   }
   const int64_t sizes[] = {n, c, height, pitch};
   const Activation out = create(output_dtype(dtype), Sizes(sizes, 4), true);

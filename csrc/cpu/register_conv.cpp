@@ -27,8 +27,8 @@ std::atomic<int> g_engine{static_cast<int>(conv::Engine::kAuto)}, g_tile{0};
 
 int narrow(int64_t value) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // sums of two fit an int
-  STD_TORCH_CHECK(value >= 0 && value < kLimit,
-                  "fastalex: a convolution's sizes lie between 0 and 2^30, got ", value);
+  require(value >= 0 && value < kLimit, "a convolution's sizes lie between 0 and 2^30, got ",
+          value);
   return static_cast<int>(value);
 }
 
@@ -43,12 +43,12 @@ Geometry take_geometry(Numbers& numbers) {
 
 // Throws unless the numbers describe a convolution that the engine computes.
 Problem problem_of(DType dtype, const int64_t* input, const int64_t* weight, const Geometry& g) {
-  STD_TORCH_CHECK(g.groups > 0 && input[1] == weight[1] * g.groups && weight[0] % g.groups == 0,
-                  "fastalex: input has ", input[1], " channels; weight [", weight[0], ", ",
-                  weight[1], ", ", weight[2], ", ", weight[3], "] in ", g.groups, " groups takes ",
-                  weight[1] * g.groups, ", and its first size must be a multiple of the groups");
-  STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 && g.dilation_w > 0,
-                  "fastalex: convolutions take positive strides and dilations");
+  require(g.groups > 0 && input[1] == weight[1] * g.groups && weight[0] % g.groups == 0,
+          "input has ", input[1], " channels; weight [", weight[0], ", ", weight[1], ", ",
+          weight[2], ", ", weight[3], "] in ", g.groups, " groups takes ", weight[1] * g.groups,
+          ", and its first size must be a multiple of the groups");
+  require(g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 && g.dilation_w > 0,
+          "convolutions take positive strides and dilations");
   Problem p;
   p.dtype = dtype;
   p.batch = input[0];
@@ -68,21 +68,19 @@ Problem problem_of(DType dtype, const int64_t* input, const int64_t* weight, con
   p.precision = static_cast<conv::Precision>(g_precision.load(std::memory_order_relaxed));
   narrow(g.dilation_h * (weight[2] - 1) + 2 * g.padding_h + input[2]);
   narrow(g.dilation_w * (weight[3] - 1) + 2 * g.padding_w + input[3]);
-  STD_TORCH_CHECK(p.in_channels > 0 && p.out_channels > 0 && p.in_height > 0 && p.in_width > 0 &&
-                      p.kernel_height > 0 && p.kernel_width > 0,
-                  "fastalex: only the batch of a convolution can be empty");
+  require(p.in_channels > 0 && p.out_channels > 0 && p.in_height > 0 && p.in_width > 0 &&
+              p.kernel_height > 0 && p.kernel_width > 0,
+          "only the batch of a convolution can be empty");
   const std::string refusal = conv::refusal(p);
-  STD_TORCH_CHECK(refusal.empty(), "fastalex: ", refusal);
+  require(refusal.empty(), refusal);
   return p;
 }
 
 Problem problem_of(const Tensor& input, const Tensor& weight, const Geometry& g) {
-  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu(), "fastalex: the CPU kernels take CPU tensors");
-  STD_TORCH_CHECK(
-      input.dim() == 4 && weight.dim() == 4,
-      "fastalex: convolutions take input [N, C, H, W] and weight [K, C / groups, R, S]");
-  STD_TORCH_CHECK(dtype_code(input) == dtype_code(weight),
-                  "fastalex: input and weight differ in dtype");
+  require(input.is_cpu() && weight.is_cpu(), "the CPU kernels take CPU tensors");
+  require(input.dim() == 4 && weight.dim() == 4,
+          "convolutions take input [N, C, H, W] and weight [K, C / groups, R, S]");
+  require(dtype_code(input) == dtype_code(weight), "input and weight differ in dtype");
   return problem_of(dtype_of(input), input.sizes().data(), weight.sizes().data(), g);
 }
 
@@ -105,9 +103,9 @@ Problem conv_problem(const Tensor& input, const Tensor& weight, Numbers& numbers
 std::optional<Tensor> channel_row(const std::optional<Tensor>& row, const char* name,
                                   const Tensor& input, const Tensor& weight) {
   if (!row) return std::nullopt;
-  STD_TORCH_CHECK(row->is_cpu() && row->dim() == 1 && row->sizes()[0] == weight.sizes()[0] &&
-                      dtype_code(*row) == dtype_code(input),
-                  "fastalex: ", name, " is one value of the input's dtype for each output channel");
+  require(row->is_cpu() && row->dim() == 1 && row->sizes()[0] == weight.sizes()[0] &&
+              dtype_code(*row) == dtype_code(input),
+          name, " is one value of the input's dtype for each output channel");
   return torch::stable::contiguous(*row);
 }
 
@@ -187,14 +185,14 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
                const std::optional<Tensor>& residual) {
   const std::optional<Tensor> scale_row = channel_row(scale, "scale", input, weight),
                               bias_row = channel_row(bias, "bias", input, weight);
-  STD_TORCH_CHECK(!scale || problem.dtype == DType::kFloat32, "fastalex: scale takes float32");
+  require(!scale || problem.dtype == DType::kFloat32, "scale takes float32");
   const Tensor output = create_like(
       input, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
-  STD_TORCH_CHECK(!residual || (residual->is_cpu() && residual->dim() == 4 &&
-                                std::equal(output.sizes().begin(), output.sizes().end(),
-                                           residual->sizes().begin()) &&
-                                dtype_code(*residual) == dtype_code(input)),
-                  "fastalex: residual has the output's sizes and the input's dtype");
+  require(!residual || (residual->is_cpu() && residual->dim() == 4 &&
+                        std::equal(output.sizes().begin(), output.sizes().end(),
+                                   residual->sizes().begin()) &&
+                        dtype_code(*residual) == dtype_code(input)),
+          "residual has the output's sizes and the input's dtype");
   if (problem.batch == 0) return output;
   const std::shared_ptr<const Plan> plan = plan_of(problem, Pass::kForward);
   const Tensor dense = dense_weight(weight);
@@ -293,10 +291,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward(const Tensor& grad, const 
   const int64_t expected[] = {problem.batch, problem.out_channels, problem.out_height(),
                               problem.out_width()};
   for (const Tensor* tensor : {&grad, &output}) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 4 &&
-                        std::equal(expected, expected + 4, tensor->sizes().begin()) &&
-                        dtype_code(*tensor) == dtype_code(input),
-                    "fastalex: gradient and output are the convolution's, in the input's dtype");
+    require(tensor->is_cpu() && tensor->dim() == 4 &&
+                std::equal(expected, expected + 4, tensor->sizes().begin()) &&
+                dtype_code(*tensor) == dtype_code(input),
+            "gradient and output are the convolution's, in the input's dtype");
   }
   Tensor grad_input, grad_weight, grad_bias = create_vector(input, wants_bias ? expected[1] : 0);
   grad_input =

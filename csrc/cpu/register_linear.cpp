@@ -12,6 +12,7 @@
 #include "library.h"
 #include "linear.h"
 #include "parallel.h"
+#include "require.h"
 
 namespace fastalex::cpu {
 namespace {
@@ -31,22 +32,21 @@ Tensor dense_empty(int32_t dtype, Sizes sizes) {
 }
 
 linear::Problem problem_of(const Tensor& input, const Tensor& weight) {
-  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu(), "fastalex: the CPU kernels take CPU tensors");
-  STD_TORCH_CHECK(input.dim() >= 1 && weight.dim() == 2,
-                  "fastalex: linear_relu takes input [..., I] and weight [O, I]");
-  STD_TORCH_CHECK(dtype_code(input) == dtype_code(weight),
-                  "fastalex: linear_relu takes input and weight of one dtype");
+  require(input.is_cpu() && weight.is_cpu(), "the CPU kernels take CPU tensors");
+  require(input.dim() >= 1 && weight.dim() == 2,
+          "linear_relu takes input [..., I] and weight [O, I]");
+  require(dtype_code(input) == dtype_code(weight),
+          "linear_relu takes input and weight of one dtype");
   const int64_t outputs = weight.sizes()[0], inputs = weight.sizes()[1];
-  STD_TORCH_CHECK(input.sizes()[input.dim() - 1] == inputs, "fastalex: the last dim of input is ",
-                  input.sizes()[input.dim() - 1], ", and weight takes ", inputs);
+  require(input.sizes()[input.dim() - 1] == inputs, "the last dim of input is ",
+          input.sizes()[input.dim() - 1], ", and weight takes ", inputs);
   constexpr int64_t kLimit = std::numeric_limits<int>::max() / 2;
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < input.dim(); ++d) rows *= input.sizes()[d];
-  STD_TORCH_CHECK(inputs < kLimit && outputs < kLimit && rows < kLimit,
-                  "fastalex: linear_relu takes fewer than 2^30 rows, inputs and outputs");
+  require(inputs < kLimit && outputs < kLimit && rows < kLimit,
+          "linear_relu takes fewer than 2^30 rows, inputs and outputs");
   const DType dtype = dtype_of(input);
-  STD_TORCH_CHECK(dtype != DType::kFloat64,
-                  "fastalex: linear_relu takes float32, bfloat16 and float16");
+  require(dtype != DType::kFloat64, "linear_relu takes float32, bfloat16 and float16");
   return {dtype, rows, static_cast<int>(inputs), static_cast<int>(outputs), true};
 }
 
@@ -59,9 +59,9 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const std::optiona
   const Tensor x = dense(input), w = dense(weight);
   std::optional<Tensor> b;
   if (bias) {
-    STD_TORCH_CHECK(bias->is_cpu() && dtype_code(*bias) == dtype_code(weight) && bias->dim() == 1 &&
-                        bias->sizes()[0] == problem.outputs,
-                    "fastalex: the bias of linear_relu is [O], of the weight's dtype");
+    require(bias->is_cpu() && dtype_code(*bias) == dtype_code(weight) && bias->dim() == 1 &&
+                bias->sizes()[0] == problem.outputs,
+            "the bias of linear_relu is [O], of the weight's dtype");
     b = dense(*bias);
   }
   const Tensor out = dense_empty(dtype_code(input), Sizes(sizes.data(), sizes.size()));
@@ -79,9 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad,
                                                         bool wants_bias) {
   const linear::Problem problem = problem_of(input, weight);
   const auto require_output_like = [&](const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.is_cpu() && dtype_code(tensor) == dtype_code(input) &&
-                        tensor.numel() == problem.rows * problem.outputs,
-                    "fastalex: linear_relu_backward takes grad and output of the output's shape");
+    require(tensor.is_cpu() && dtype_code(tensor) == dtype_code(input) &&
+                tensor.numel() == problem.rows * problem.outputs,
+            "linear_relu_backward takes grad and output of the output's shape");
   };
   require_output_like(grad);
   if (output) require_output_like(*output);

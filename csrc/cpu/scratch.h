@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "isa.h"
 #include "poison.h"
@@ -16,7 +15,7 @@ class Scratch {
   explicit Scratch(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes == 0 ? 64 : bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) out_of_memory(bytes);
     if (poison_enabled()) std::memset(static_cast<void*>(data_), 0xff, bytes);
   }
   ~Scratch() { std::free(data_); }

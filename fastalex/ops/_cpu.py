@@ -50,11 +50,12 @@ def native(name: str) -> Callable[..., Any]:
         return _absent
     try:
         overload = getattr(torch.ops.fastalex_cpu, name).default
-    except AttributeError:
-        raise ImportError(
+    except AttributeError:  # the package goes on without it, and explain says why
+        _native.error = (
             f"the CPU library has no operator '{name}': it was built from older sources than this Python; "
             "build it again: make build, or pip install --no-build-isolation . in fastalex's source folder"
-        ) from None
+        )
+        return _absent
     return getattr(overload, "_op", overload)  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ from fastalex.backends import no_refusal
 from fastalex.ops import _cpu, _triton
 from fastalex.ops._arguments import Pair, pair, require_tensor
 from fastalex.ops._operator import Operator, needs_dispatcher, needs_reference
+from fastalex.reference.augment import check_corners
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/cpu/dtypes.h
@@ -53,9 +54,12 @@ def _cpu_augment(
     pitch: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows: Tensor = _NATIVE(
-        images, corners, mirrored, shift, mean, *size, scale, pitch, _CODES[dtype]
-    )
+    arguments = (images, corners, mirrored, shift, mean, *size, scale, pitch, _CODES[dtype])
+    try:
+        rows: Tensor = _NATIVE(*arguments)
+    except RuntimeError:  # the library checks corners too, and knows no other kind of error
+        check_corners(images, corners, size)
+        raise
     return rows if pitch == size[1] else rows[..., : size[1]]
 
 

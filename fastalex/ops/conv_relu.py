@@ -162,7 +162,7 @@ def _checked_geometry(
         if weight[d + 2] < 1 or room < reach:
             raise ValueError(
                 f"{name}: a kernel of {tuple(weight[2:])} with dilation {spread} does not "
-                f"fit input {tuple(input)} with padding {pads}"
+                f"fit input {tuple(input)} with padding {pads}: pad more, or take a smaller one"
             )
     return steps, pads, spread
 
@@ -174,10 +174,13 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for label, tensor in given:
         require_tensor(tensor, name, label)
         if tensor.device != input.device:
-            raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
+            raise ValueError(
+                f"{name}: input is on {input.device} and {label} on {tensor.device}; move one with .to()"
+            )
         if tensor.dtype != input.dtype and not autocasting(input):
             raise TypeError(
-                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
+                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree: "
+                "convert one with .to()"
             )
     require_rank(input, (3, 4), name)
     if weight.dim() != 4:

@@ -155,7 +155,8 @@ def _pooling(
     input, weight, _, steps, pads, spread, _ = arguments
     sides = convolved_size(input.shape[2:], weight.shape[2:], steps, pads, spread)
     shape = torch.Size((input.shape[0], weight.shape[0], *sides))
-    return pool_geometry(shape, size, stride, padding, 1, ceil_mode, name)[:3], shape
+    labels = ("pool_size", "pool_stride", "pool_padding")
+    return pool_geometry(shape, size, stride, padding, 1, ceil_mode, name, labels)[:3], shape
 
 
 def conv2d_relu_max_pool2d(

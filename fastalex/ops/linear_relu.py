@@ -139,10 +139,13 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Non
             raise ValueError(f"{name}: bias is {tuple(bias.shape)}; it must be ({outputs},)")
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name}: input is on {input.device} and {label} on {tensor.device}")
+            raise ValueError(
+                f"{name}: input is on {input.device} and {label} on {tensor.device}; move one with .to()"
+            )
         if tensor is not None and tensor.dtype != input.dtype and not autocasting(input):
             raise TypeError(
-                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree"
+                f"{name}: input is {input.dtype} and {label} {tensor.dtype}; they must agree: "
+                "convert one with .to()"
             )
 
 

@@ -126,18 +126,22 @@ def pool_geometry(
     dilation: Any,
     ceil_mode: bool,
     name: str,
+    labels: tuple[str, str, str] = ("kernel_size", "stride", "padding"),
 ) -> Geometry:
-    """Checks a pool over an input of ``shape``; returns (height, width) pairs, the stride defaulted to the kernel's."""
+    """Checks a pool over an input of ``shape``; returns (height, width) pairs, the stride defaulted to the kernel's.
+
+    ``labels``: what the function ``name`` calls the first three.
+    """
     if len(shape) not in (3, 4):
         raise ValueError(f"{name}: input is {len(shape)}-D {tuple(shape)}; it must be 3-D or 4-D")
-    kernel = pair(kernel_size, f"{name}: kernel_size", 1)
+    kernel = pair(kernel_size, f"{name}: {labels[0]}", 1)
     defaulted = stride is None or (isinstance(stride, (tuple, list)) and not stride)
-    steps = kernel if defaulted else pair(stride, f"{name}: stride", 1)
-    pads = pair(padding, f"{name}: padding", 0)
+    steps = kernel if defaulted else pair(stride, f"{name}: {labels[1]}", 1)
+    pads = pair(padding, f"{name}: {labels[2]}", 0)
     spread = pair(dilation, f"{name}: dilation", 1)
     if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
         raise ValueError(
-            f"{name}: padding is {padding!r}; it must be at most half of kernel_size "
+            f"{name}: {labels[2]} is {padding!r}; it must be at most half of {labels[0]} "
             f"{kernel_size!r}"
         )
     if not isinstance(ceil_mode, int):
@@ -149,7 +153,7 @@ def pool_geometry(
         windows = pooled_size(size, kernel[d], steps[d], pads[d], spread[d], ceil_mode)
         if size == 0 or windows < 1:
             raise ValueError(
-                f"{name}: kernel_size {kernel} with padding {pads} and dilation {spread} does "
+                f"{name}: {labels[0]} {kernel} with {labels[2]} {pads} and dilation {spread} does "
                 f"not fit input {tuple(shape)}; every spatial size must hold at least one window"
             )
     return kernel, steps, pads, spread

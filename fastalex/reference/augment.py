@@ -26,12 +26,9 @@ def augment(
     ``pitch`` pixels apart (zeros fill them up).
     """
     height, width = size
+    if corners.device.type == "cpu":
+        check_corners(images, corners, size)
     room = torch.tensor([images.shape[1] - height, images.shape[2] - width], device=images.device)
-    if corners.device.type == "cpu" and not bool(((corners >= 0) & (corners <= room)).all()):
-        raise ValueError(
-            f"augment: corners must lie between 0 and {room.tolist()} for crops of {height}x{width} in images "
-            f"of {images.shape[1]}x{images.shape[2]}"
-        )
     corners = corners.clamp(min=0).minimum(room)
     rows = corners[:, :1] + torch.arange(height, device=images.device)
     steps = torch.arange(width, device=images.device).expand(len(images), width)
@@ -43,3 +40,15 @@ def augment(
     padded = values.new_zeros((len(images), height, pitch, images.shape[3]), dtype=dtype)
     padded[:, :, :width] = values.to(dtype)
     return padded[:, :, :width].permute(0, 3, 1, 2)
+
+
+def check_corners(images: Tensor, corners: Tensor, size: Sequence[int]) -> None:
+    """Raises ValueError unless every crop lies in its image."""
+    room = torch.tensor([images.shape[1] - size[0], images.shape[2] - size[1]])
+    outside = ((corners < 0) | (corners > room)).any(1).nonzero().flatten().tolist()
+    if outside:
+        first = outside[0]
+        raise ValueError(
+            f"augment: corners[{first}] is {corners[first].tolist()}; for crops of {size[0]}x{size[1]} in images of "
+            f"{images.shape[1]}x{images.shape[2]} it must lie between [0, 0] and {room.tolist()}"
+        )

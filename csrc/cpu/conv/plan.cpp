@@ -224,15 +224,16 @@ std::string refusal(const Problem& p) {
   if (p.dtype == DType::kFloat64) return "float64 is served by the reference";
   if (p.out_height() < 1 || p.out_width() < 1) return "the output is empty";
   const double filter = 1.0 * p.in_channels / p.groups * p.kernel_height * p.kernel_width;
-  if (filter >= 1 << 30) return "a filter has 2^30 weights or more";
+  if (filter >= 1 << 30) return "a filter has 2^30 weights or more: split it into groups";
   // What follows multiplies these by bytes, threads and tile points in 64 bits.
   constexpr double kImage = 1ll << 40, kBatch = 1ll << 50;
   const double input = 1.0 * p.in_channels * (p.in_height + 2 * p.padding_height) *
                        (p.in_width + 2 * p.padding_width);
   const double output = 1.0 * p.out_channels * p.out_height() * p.out_width();
   const double image = std::max(input, output);
-  if (image >= kImage) return "a padded image, or its result, has 2^40 elements or more";
-  if (image * p.batch >= kBatch) return "a padded batch, or its result, has 2^50 elements or more";
+  if (image >= kImage) return "a padded image, or its result, has 2^40 elements or more: pad less";
+  if (image * p.batch >= kBatch)
+    return "a padded batch, or its result, has 2^50 elements or more: split the batch";
   return "";
 }
 
