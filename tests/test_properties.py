@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_planted_bug_shrinks_to_one_line(monkeypatch):
     with pytest.raises(AssertionError) as failure:
         test_lrn()
     told = "\n".join(failure.value.__notes__)
-    assert "lrn=(17, (5," in told
+    assert re.search(r"lrn=\(\d+, \(5,", told)
     assert "@reproduce_failure(" in told
 
 
