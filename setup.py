@@ -220,14 +220,21 @@ def run_ninja(folder: Path) -> None:
         )
 
 
-def missing() -> str | None:
-    """What a build lacks here and how to get it, or None."""
+def missing_compiler() -> str | None:
+    """How to get the compiler that a build lacks here, or None."""
     if shutil.which(shlex.split(COMPILER)[0]) is None:
         return f"no C++20 compiler '{COMPILER}' was found: install one, or set CXX to where it is"
+    return None
+
+
+def require_tools() -> None:
+    """Where there is a compiler, what else is missing is a slip: a slow package would hide it."""
     for module in ("torch", "ninja"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not in the build environment: pip install {module} first"
-    return None
+            raise SystemExit(
+                f"fastalex: {module} is not in the build environment: pip install {module} first, "
+                "or set FASTALEX_BUILD=none to install without the CPU library"
+            )
 
 
 def extensions() -> list[Extension]:
@@ -236,12 +243,13 @@ def extensions() -> list[Extension]:
         raise SystemExit(f"FASTALEX_BUILD is '{choice}'; it can be auto, cpu, cuda or none")
     if choice == "none":
         return []
-    reason = missing()
+    reason = missing_compiler()
     if reason is not None:
         if choice != "auto":
             raise SystemExit(f"fastalex: FASTALEX_BUILD={choice}, but {reason}")
         print(f"fastalex: building without the CPU library, because {reason}", file=sys.stderr)
         return []
+    require_tools()
     wanted = "cpu"
     if choice != "cpu" and shutil.which(NVCC) is not None:
         wanted = "cuda"

@@ -32,7 +32,8 @@ def _backend_state(name: str) -> str:
     missing = {"triton": _triton.missing, "cuda": _cuda_native.library_error, "cupy": _cupy.missing}
     if name in missing and (reason := missing[name]()) is not None:
         return f"absent: {reason}"
-    return f"{len(served)} operators" if served else "no operators in this version"
+    waiting = "" if name == "torch" or torch.cuda.is_available() else ", for a CUDA GPU"
+    return f"{len(served)} operators{waiting}"
 
 
 def main() -> None:

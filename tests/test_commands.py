@@ -106,6 +106,13 @@ def names_an_extra(command: str) -> None:
     assert re.search(rf"^{extra} = \[", project, re.MULTILINE)
 
 
+def is_required_by_the_build(command: str) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    (required,) = re.findall(r"^requires = (.*)$", project, re.MULTILINE)
+    for package in words_of(command)[2:]:
+        assert f'"{package}"' in required
+
+
 def is_run_elsewhere(command: str) -> None:
     """Its test is named beside it."""
 
@@ -127,8 +134,8 @@ WAYS: list[tuple[str, Callable[[str], None], str]] = [
     (r"python -m tests\.support\.\w+.*", is_a_module_with_a_main, "the tests of the ledgers"),
     (r"(python -m )?pytest .*", names_tests_that_exist, "part of the suite"),
     (r"pip install '?fastalex\[\w+\]'?", names_an_extra, "downloads"),
-    (r"(FASTALEX_BUILD=(cpu|none) )?pip install --no-build-isolation \.", is_run_elsewhere,
-     "test_install.py"),
+    (r"pip install --no-build-isolation \.", is_run_elsewhere, "test_install.py"),
+    (r"pip install ninja 'setuptools>=77'", is_required_by_the_build, "downloads"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.support.packaging import (
     install,
     pip_wheel,
     python,
+    run,
 )
 
 
@@ -106,6 +108,16 @@ def test_forced_build_without_a_compiler_fails(source, tmp_path):
     result = pip_wheel(source, tmp_path / "dist", CXX="/nonexistent", FASTALEX_BUILD="cpu")
     assert result.code != 0
     assert "FASTALEX_BUILD=cpu, but no C++20 compiler '/nonexistent' was found" in result.text
+
+
+def test_a_compiler_without_ninja_is_an_error(source):
+    """A slow package that looks like a fast one would be the alternative."""
+    hidden = "import runpy, sys; sys.modules['ninja'] = None; sys.argv = ['setup.py', 'build']; "
+    code = hidden + "runpy.run_path('setup.py', run_name='__main__')"
+    environment = {"CXX": "true", "NVCC": "/nonexistent", "FASTALEX_BUILD": "auto"}
+    result = run([sys.executable, "-c", code], source, **environment)
+    assert result.code != 0
+    assert "ninja is not in the build environment: pip install ninja first" in result.text
 
 
 def test_unknown_build_choice_fails(source, tmp_path):
