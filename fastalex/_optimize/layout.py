@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastalex._optimize import match, steps
-from fastalex.models._layers import TowerLocalResponseNorm
+from fastalex.models._layers import TowerLocalResponseNorm, images
 
 #: Layers whose result depends on the values alone, and that keep the layout of maps.
 LAYERS = (
@@ -21,7 +21,7 @@ LAYERS = (
     nn.LogSoftmax, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample, nn.BatchNorm1d,
 )  # fmt: skip
 FUNCTIONS = {
-    *match.FUNCTIONS,
+    *match.FUNCTIONS, images,
     *(value for value in vars(steps).values() if callable(value)),
     operator.mul, operator.sub, operator.truediv, operator.pow, operator.neg, operator.getitem, operator.floordiv,
     torch.cat, torch.flatten, torch.mul, torch.sub, torch.div, torch.pow, torch.mean, torch.sum, torch.sqrt,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastalex.models._layers import images
+
 
 class Untraceable(Exception):
     """The forward does something that a graph would lose; the message says what."""
@@ -75,7 +77,7 @@ class _Tracer(fx.Tracer):
     """Every submodule is a leaf, so that its hooks and its replacements keep working."""
 
     def __init__(self, inputs: tuple[str, ...], kind: type) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=(images,))  # it checks sizes, which have no value here
         self.inputs = inputs
         self.kind = kind
         self.asked_kind = False
