@@ -180,9 +180,10 @@ Weights scaled_weights(const Plan& plan, const Tensor& weight, const Tensor& sca
   return {std::move(packed), {product, s}};
 }
 
+// `input` gives the output's dtype and layout, and where there is no prologue the values.
 Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
                const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& residual) {
+               const std::optional<Tensor>& residual, const conv::Prologue* prologue = nullptr) {
   const std::optional<Tensor> scale_row = channel_row(scale, "scale", input, weight),
                               bias_row = channel_row(bias, "bias", input, weight);
   require(!scale || problem.dtype == DType::kFloat32, "scale takes float32");
@@ -207,7 +208,8 @@ Tensor forward(Problem problem, const Tensor& input, const Tensor& weight,
                  target(output),
                  scratch.data(),
                  {},
-                 residual ? conv_view(*residual) : ConstTensor{}});
+                 residual ? conv_view(*residual) : ConstTensor{},
+                 prologue});
   return output;
 }
 
@@ -225,6 +227,42 @@ Tensor conv_inference(const Tensor& input, const Tensor& weight, const std::opti
   Problem problem = conv_problem(input, weight, numbers);
   problem.relu = numbers.integer() != 0;
   return forward(problem, input, weight, scale, bias, residual);
+}
+
+// conv2d(relu(concatenation of inputs * gain + shift), weight * scale) + bias, perhaps through
+// ReLU.
+Tensor conv_normalized(std::vector<Tensor> inputs, const Tensor& gain, const Tensor& shift,
+                       const Tensor& weight, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& bias, const Tensor& packed_numbers) {
+  Numbers numbers(packed_numbers, kGeometryNumbers + 2);
+  STD_TORCH_CHECK(!inputs.empty(), "fastalex: conv_normalized takes one input or more");
+  const Tensor& first = inputs.front();
+  int64_t sizes[4] = {};
+  conv::Prologue prologue;
+  for (const Tensor& input : inputs) {
+    STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4 && dtype_code(input) == dtype_code(first) &&
+                        input.sizes()[0] == first.sizes()[0] &&
+                        input.sizes()[2] == first.sizes()[2] &&
+                        input.sizes()[3] == first.sizes()[3],
+                    "fastalex: inputs are CPU maps of one dtype that differ in channels alone");
+    prologue.pieces.push_back({conv_view(input), narrow(input.sizes()[1])});
+    sizes[1] += input.sizes()[1];
+  }
+  for (int d : {0, 2, 3}) sizes[d] = first.sizes()[d];
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && dtype_code(weight) == dtype_code(first),
+                  "fastalex: weight is [K, C / groups, R, S] on the CPU, in the inputs' dtype");
+  const Geometry geometry = take_geometry(numbers);
+  Problem problem = problem_of(dtype_of(first), sizes, weight.sizes().data(), geometry);
+  for (const Tensor* row : {&gain, &shift}) {
+    STD_TORCH_CHECK(row->is_cpu() && row->is_contiguous() && row->dim() == 1 &&
+                        row->sizes()[0] == sizes[1] && dtype_of(*row) == DType::kFloat32,
+                    "fastalex: gain and shift are one float32 for each input channel");
+  }
+  prologue.gain = static_cast<const float*>(gain.data_ptr());
+  prologue.shift = static_cast<const float*>(shift.data_ptr());
+  prologue.relu = numbers.integer() != 0;
+  problem.relu = numbers.integer() != 0;
+  return forward(problem, first, weight, scale, bias, std::nullopt, &prologue);
 }
 
 Tensor input_gradient(const Problem& problem, const Tensor& grad, const Tensor& output,
@@ -344,6 +382,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cpu, m) {
   m.def(
       "conv_inference(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, "
       "Tensor numbers) -> Tensor");
+  // Then whether a ReLU precedes and whether one follows. Inference alone:
+  // conv2d(relu(cat(inputs) * gain + shift), weight * scale) + bias.
+  m.def(
+      "conv_normalized(Tensor[] inputs, Tensor gain, Tensor shift, Tensor weight, Tensor? scale, "
+      "Tensor? bias, Tensor numbers) -> Tensor");
   // Then whether the gradients of input, weight and bias are wanted.
   m.def(
       "conv_relu_backward(Tensor grad, Tensor output, Tensor input, Tensor weight, Tensor numbers) "
@@ -370,5 +413,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CPU, m) {
   m.impl("conv_relu", TORCH_BOX(&fastalex::cpu::conv_relu));
   m.impl("conv_inference", TORCH_BOX(&fastalex::cpu::conv_inference));
+  m.impl("conv_normalized", TORCH_BOX(&fastalex::cpu::conv_normalized));
   m.impl("conv_relu_backward", TORCH_BOX(&fastalex::cpu::conv_relu_backward));
 }

@@ -1,4 +1,4 @@
-"""A convolution's weights with the batch normalisation after it folded in, kept while both stand unchanged."""
+"""A batch normalisation as gain and shift, and the weights it was folded into, kept while both stand unchanged."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def gain_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """norm(conv(x)) = (w x) g + b with g = gamma / sqrt(var + eps), b = (bias - mean) g + beta."""
+def gain_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """norm(x + bias) = x g + s with g = gamma / sqrt(var + eps), s = (bias - mean) g + beta."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gain = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         gain = gain * norm.weight
-    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
     return gain, shift * gain if norm.bias is None else torch.addcmul(norm.bias, shift, gain)
 
 

@@ -38,6 +38,8 @@ FUNCTIONS: dict[Any, str] = {
     operator.add: "add",
     operator.iadd: "add",
     torch.add: "add",
+    torch.cat: "cat",
+    torch.concat: "cat",
 }
 METHODS = {"relu": "relu", "relu_": "relu", "add": "add", "add_": "add"}
 
@@ -133,6 +135,31 @@ class Matcher:
         return Match(
             nodes, steps.convolution, (conv.args[0], self.module(conv)), self._rest(norm, relu)
         )
+
+    def _norm(self, norm: fx.Node) -> Match | None:
+        """A normalisation that follows no convolution, before one."""
+        relu = self.next(norm, "relu")
+        conv = self.next(relu or norm, "conv")
+        if conv is None or conv.op != "call_module":
+            return None
+        after = self.next(conv, "norm")
+        after_relu = self.next(after or conv, "relu")
+        cat = self._concatenation(norm.args[0])
+        nodes = tuple(n for n in (cat, norm, relu, conv, after, after_relu) if n is not None)
+        if not self._may_move(nodes):
+            return None
+        inputs = [norm.args[0]] if cat is None else cat.args[0]
+        args = (inputs, self.module(norm), self.relu(relu), self.module(conv))
+        after_args = (after and self.module(after), self.relu(after_relu))
+        return Match(nodes, steps.normalized_convolution, (*args, *after_args), {})
+
+    def _concatenation(self, node: Any) -> fx.Node | None:
+        """``node``, where it concatenates channels for one user."""
+        if not isinstance(node, fx.Node) or self.role(node) != "cat" or len(node.users) != 1:
+            return None
+        positional = len(node.args) == 2 and node.args[1] == 1 and not node.kwargs
+        named = len(node.args) == 1 and node.kwargs == {"dim": 1}
+        return node if positional or named else None
 
     def _conv_max_pool(self, conv: fx.Node, relu: fx.Node) -> Match | None:
         norm = self.next(relu, "lrn")

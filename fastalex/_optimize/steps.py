@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastalex import _onnx, ops
 from fastalex._geometry import convolved_size
-from fastalex._optimize.fold import gain_and_bias, scaled
+from fastalex._optimize.fold import gain_and_shift, scaled
 from fastalex.backends import forced
 from fastalex.models._layers import TowerLocalResponseNorm
 from fastalex.ops import _cpu_conv
@@ -82,7 +82,7 @@ def convolution(
     if not (isinstance(norm, nn.BatchNorm2d) and _folds(norm, conv.weight)):
         output = _convolve(input, conv, conv.weight, None, conv.bias)
         return _finish(norm(output), relu, other)
-    gain, bias = gain_and_bias(conv, norm)
+    gain, bias = gain_and_shift(norm, conv.bias)
     if gain.dtype is torch.float32 and _on_engine(input, conv.weight, gain, bias):
         return _convolve(input, conv, conv.weight, gain, bias, relu, other)
     return _convolve(input, conv, scaled(conv.weight, gain), None, bias, relu, other)
@@ -169,6 +169,59 @@ def _addable(
     sides = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], *sides)
     return _real(other) and other.dtype is input.dtype and other.shape == shape
+
+
+def normalized_convolution(
+    inputs: list[Tensor],
+    norm: nn.Module,
+    relu: ReLU,
+    conv: nn.Conv2d,
+    after: nn.Module | None = None,
+    after_relu: ReLU = None,
+) -> Tensor:
+    """after_relu(after(conv(relu(norm(cat(inputs)))))), as in a dense layer.
+
+    Without gradients the CPU engine concatenates, normalises and rectifies while it reads, so that no map of that is
+    ever in memory.
+    """
+    output = _convolve_normalized(inputs, norm, relu, conv, after, after_relu)
+    if output is not None:
+        return output
+    input = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
+    return convolution(_rectify(norm(input), relu), conv, after, after_relu)
+
+
+def _convolve_normalized(
+    inputs: list[Tensor],
+    norm: Any,
+    relu: ReLU,
+    conv: nn.Conv2d,
+    after: Any,
+    after_relu: ReLU,
+) -> Tensor | None:
+    """The above in one call of the engine, or None where that may not be."""
+    if not (
+        _plain(conv, nn.Conv2d)
+        and _dense_weight(conv)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and _plain_relu(relu)
+        and _plain_relu(after_relu)
+        and _folds(norm, conv.weight)
+        and (after is None or _folds(after, conv.weight))
+        and all(_real(input) and input.dtype is torch.float32 for input in inputs)
+    ):
+        return None
+    gain, shift = gain_and_shift(norm)
+    scale, bias = (None, conv.bias) if after is None else gain_and_shift(after, conv.bias)
+    if not all(_on_engine(input, conv.weight, gain, shift, scale, bias) for input in inputs):
+        return None
+    geometry: Any = (conv.stride, conv.padding, conv.dilation)
+    if _cpu_conv.refuse(inputs[0], conv.weight, bias, *geometry) is not None:
+        return None
+    before = (gain, shift, relu is not None)
+    arguments: Any = (conv.weight, scale, bias, *geometry, conv.groups, after_relu is not None)
+    return _cpu_conv.normalized_inference(inputs, *before, *arguments)
 
 
 def linear(input: Tensor, linear: nn.Linear, relu: ReLU) -> Tensor:

@@ -20,6 +20,7 @@ _LARGEST = 1 << 24
 
 _forward = _cpu.native("conv_relu")
 _inference = _cpu.native("conv_inference")
+_normalized = _cpu.native("conv_normalized")
 _backward = _cpu.native("conv_relu_backward")
 _plan = _cpu.native("conv_plan")
 _release = _cpu.native("release_packed")
@@ -105,6 +106,26 @@ def inference(
     watch(weight)
     numbers = _cpu.numbers(stride, padding, dilation, groups, relu)
     return _inference(input, weight, scale, bias, residual, numbers)  # type: ignore[no-any-return]
+
+
+def normalized_inference(
+    inputs: Sequence[Tensor],
+    gain: Tensor,
+    shift: Tensor,
+    relu_before: bool,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """conv2d(relu(cat(inputs, 1) * gain + shift), weight * scale) + bias, gain and shift by channel; no gradient."""
+    watch(weight)
+    numbers = _cpu.numbers(stride, padding, dilation, groups, relu_before, relu)
+    return _normalized(list(inputs), gain, shift, weight, scale, bias, numbers)  # type: ignore[no-any-return]
 
 
 def conv_relu_backward(

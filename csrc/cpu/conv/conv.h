@@ -84,8 +84,21 @@ struct ImageSink {
   void* context = nullptr;
 };
 
+// What a forward pass reads in the place of its input: the channels of `pieces` in turn, each value
+// through x * gain + shift of its channel, and through ReLU if asked.
+struct Prologue {
+  struct Piece {
+    ConstTensor tensor;
+    int channels = 0;
+  };
+  std::vector<Piece> pieces;
+  const float* gain = nullptr;
+  const float* shift = nullptr;
+  bool relu = false;
+};
+
 struct ForwardCall {
-  ConstTensor input;
+  ConstTensor input;  // unused where there is a prologue
   ConstTensor weight;
   const void* bias;  // null: none
   const void* packed;
@@ -94,6 +107,7 @@ struct ForwardCall {
   ImageSink sink;
   // Of the output's sizes, added before the ReLU; data null: none. Not for by_image.
   ConstTensor residual = {};
+  const Prologue* prologue = nullptr;
 };
 
 struct InputGradientCall {

@@ -112,7 +112,8 @@ class DirectRun {
         operands_(operands),
         geometry_(part.geometry),
         panels_{part.geometry.filters, kernels.lanes},
-        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
+        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask,
+                operands.prologue),
         target_(kernels, part, operands),
         memory_(part, panels_, operands.scratch, operands.threads) {
     read_bias(panels_, geometry_.groups, operands.dtype, operands.bias, memory_.bias);
@@ -192,10 +193,14 @@ class DirectRun {
     for (int panel = first_panel; panel < last_panel; ++panel) {
       const Destination out =
           destination(target, image, group, panel, y, 0, w.staging, g.out_width);
+      // Rows of pixels at one distance from the last of one to the first of the next are one row.
+      const bool merged = pointwise(g) && row_stride_ == g.width * pixel_stride_ &&
+                          out.row_stride == g.width * out.pixel_stride;
       for (size_t pass = 0; pass < passes_.size(); ++pass) {
-        for (int row = 0; row < rows; ++row) {
-          multiply(group, panel, pass, a + row * g.stride_h * row_stride_, g.out_width,
-                   out.data + row * out.row_stride, out.pixel_stride);
+        for (int row = 0; row < (merged ? 1 : rows); ++row) {
+          multiply(group, panel, pass, a + row * g.stride_h * row_stride_,
+                   merged ? int64_t{rows} * g.width : g.out_width, out.data + row * out.row_stride,
+                   out.pixel_stride);
         }
       }
       for (int row = 0; row < rows; ++row) {

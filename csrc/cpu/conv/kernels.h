@@ -157,6 +157,18 @@ struct AddCall {
   ptrdiff_t out_stride;
 };
 
+// data[pixel * stride + channel] = x * gain + shift of its channel, then ReLU where asked; NaN
+// stays.
+struct AffineCall {
+  float* data;
+  ptrdiff_t stride;
+  int64_t pixels;
+  int channels;
+  const float* gain;
+  const float* shift;
+  bool relu;
+};
+
 // sums[row][dot_outputs] (+)= x[row] . w[output], each sum spread over the lanes of one vector, so
 // that the rows of both matrices are read as they lie in memory.
 struct DotCall {
@@ -180,6 +192,7 @@ struct ConvKernels {
   void (*gather)(const GatherCall&);
   void (*scatter)(const ScatterCall&);
   void (*add)(const AddCall&);
+  void (*affine)(const AffineCall&);
   void (*dot)(const DotCall&);
   // out[i] = the sum of vector i's lanes, through ReLU if asked; `count` is a multiple of the
   // lanes.

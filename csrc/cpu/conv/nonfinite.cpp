@@ -33,6 +33,7 @@ class Pixels {
       }
     }
     c += int64_t{group} * channels;
+    if (operands_.prologue) return read_through(*operands_.prologue, image, c, source_y, source_x);
     const auto at = [&](const ConstTensor& t) {
       const Strides& s = t.strides;
       return read_element(t.data, operands_.dtype,
@@ -43,6 +44,19 @@ class Pixels {
   }
 
  private:
+  float read_through(const Prologue& prologue, int64_t image, int64_t c, int64_t y,
+                     int64_t x) const {
+    int64_t channel = c;
+    auto piece = prologue.pieces.begin();
+    for (; channel >= piece->channels; ++piece) channel -= piece->channels;
+    const Strides& s = piece->tensor.strides;
+    const float value = read_element(piece->tensor.data, operands_.dtype,
+                                     image * s.n + channel * s.c + y * s.h + x * s.w) *
+                            prologue.gain[c] +
+                        prologue.shift[c];
+    return prologue.relu && value < 0.0f ? 0.0f : value;
+  }
+
   const Part& part_;
   const Operands& operands_;
 };

@@ -75,7 +75,8 @@ struct Operands {
   char* scratch;
   int threads;
   ImageSink sink;
-  ConstTensor residual;  // added to the output before its ReLU; data null: none
+  ConstTensor residual;      // added to the output before its ReLU; data null: none
+  const Prologue* prologue;  // null: none
 
   // Whether the ReLU comes right after the bias, inside the kernels.
   bool relu_in_kernel() const { return relu && !residual.data; }

@@ -376,6 +376,7 @@ void Plan::forward(const ForwardCall& call) const {
   operands.relu = problem_.relu;
   operands.sink = call.sink;
   operands.residual = call.residual;
+  operands.prologue = call.prologue;
   operands.scratch = static_cast<char*>(call.scratch);
   operands.threads = threads_;
   for (const Part& part : parts_) run_part(*kernels_, part, operands, call.packed);

@@ -8,14 +8,38 @@ namespace fastalex::cpu::conv {
 void InputSource::gather(int64_t image, int64_t channel, int64_t y, int64_t x, int64_t x_step,
                          int64_t pixels, int channels, int padded_channels, float* out,
                          ptrdiff_t out_stride) const {
+  if (!prologue_) {
+    gather_from(input_, image, channel, y, x, x_step, pixels, channels, padded_channels, out,
+                out_stride);
+    return;
+  }
+  int64_t begin = 0;  // of a piece, among all channels
+  for (const Prologue::Piece& piece : prologue_->pieces) {
+    const int64_t end = begin + piece.channels;
+    const int64_t first = std::max(begin, channel), last = std::min(end, channel + channels);
+    if (first < last) {
+      const int count = static_cast<int>(last - first), done = static_cast<int>(first - channel);
+      const int padded = done + count == channels ? padded_channels - done : count;
+      gather_from(piece.tensor, image, first - begin, y, x, x_step, pixels, count, padded,
+                  out + done, out_stride);
+      kernels_.affine({out + done, out_stride, pixels, count, prologue_->gain + first,
+                       prologue_->shift + first, prologue_->relu});
+    }
+    begin = end;
+  }
+}
+
+void InputSource::gather_from(const ConstTensor& tensor, int64_t image, int64_t channel, int64_t y,
+                              int64_t x, int64_t x_step, int64_t pixels, int channels,
+                              int padded_channels, float* out, ptrdiff_t out_stride) const {
   const auto offset = [&](const Strides& s) {
     return image * s.n + channel * s.c + y * s.h + x * s.w;
   };
   GatherCall call{};
-  call.data = element_at(input_.data, dtype_, offset(input_.strides));
+  call.data = element_at(tensor.data, dtype_, offset(tensor.strides));
   call.dtype = dtype_;
-  call.pixel_stride = input_.strides.w * x_step;
-  call.channel_stride = input_.strides.c;
+  call.pixel_stride = tensor.strides.w * x_step;
+  call.channel_stride = tensor.strides.c;
   if (mask_.data) {
     call.mask = element_at(mask_.data, dtype_, offset(mask_.strides));
     call.mask_pixel_stride = mask_.strides.w * x_step;
@@ -40,7 +64,7 @@ Span InputSource::memory_of_rows(int64_t image, int group, int begin, int end) c
   const int64_t last =
       std::clamp<int64_t>(int64_t{end} * fold.factor - fold.offset_h, first, height);
   const Strides& s = input_.strides;
-  if (s.c != 1 || s.w != channels) return {};
+  if (prologue_ || s.c != 1 || s.w != channels) return {};
   const void* data = element_at(input_.data, dtype_, image * s.n + group * channels + first * s.h);
   return {static_cast<const char*>(data),
           (last - first) * s.h * static_cast<int64_t>(element_size(dtype_))};
@@ -67,7 +91,8 @@ void InputSource::read_folded_row(int64_t image, int group, int y, float* out,
   const int64_t width = geometry_.width;
   const int64_t channel = int64_t{group} * channels;
   // Folded pixels whose s columns all lie inside, and are adjacent in memory, move as one.
-  const bool adjacent = input_.strides.c == 1 && input_.strides.w == channels && !mask_.data;
+  const bool adjacent =
+      input_.strides.c == 1 && input_.strides.w == channels && !mask_.data && !prologue_;
   const int64_t whole_begin = std::min(width, ceil_div(fold.offset_w, s));
   const int64_t whole_end =
       adjacent ? std::clamp<int64_t>((fold.width + fold.offset_w) / s, whole_begin, width)

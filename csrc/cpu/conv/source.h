@@ -25,19 +25,20 @@ struct Span {
 class InputSource {
  public:
   InputSource(const ConvKernels& kernels, const Geometry& geometry, const Fold& fold, DType dtype,
-              const ConstTensor& input, const ConstTensor& mask)
+              const ConstTensor& input, const ConstTensor& mask, const Prologue* prologue = nullptr)
       : kernels_(kernels),
         geometry_(geometry),
         fold_(fold),
         dtype_(dtype),
         input_(input),
-        mask_(mask) {}
+        mask_(mask),
+        prologue_(prologue) {}
 
   // True when the engines can read the caller's memory as it is.
   bool in_place() const {
     const Geometry& g = geometry_;
-    return dtype_ == DType::kFloat32 && !mask_.data && fold_.factor == 1 && input_.strides.c == 1 &&
-           input_.strides.w == int64_t{g.groups} * g.channels;
+    return dtype_ == DType::kFloat32 && !mask_.data && !prologue_ && fold_.factor == 1 &&
+           input_.strides.c == 1 && input_.strides.w == int64_t{g.groups} * g.channels;
   }
 
   const float* pixel(int64_t image, int group, int y) const {
@@ -68,8 +69,12 @@ class InputSource {
   }
 
  private:
+  // Through the prologue where there is one.
   void gather(int64_t image, int64_t channel, int64_t y, int64_t x, int64_t x_step, int64_t pixels,
               int channels, int padded_channels, float* out, ptrdiff_t out_stride) const;
+  void gather_from(const ConstTensor& tensor, int64_t image, int64_t channel, int64_t y, int64_t x,
+                   int64_t x_step, int64_t pixels, int channels, int padded_channels, float* out,
+                   ptrdiff_t out_stride) const;
   void read_folded_row(int64_t image, int group, int y, float* out, ptrdiff_t out_stride) const;
 
   const ConvKernels& kernels_;
@@ -77,6 +82,7 @@ class InputSource {
   const Fold& fold_;
   DType dtype_;
   ConstTensor input_, mask_;
+  const Prologue* prologue_;
 };
 
 // The last few rows read by one worker, so that overlapping tiles read each row once.

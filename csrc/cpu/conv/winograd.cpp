@@ -175,7 +175,8 @@ class WinogradRun {
         geometry_(part.geometry),
         choice_(part.winograd),
         panels_{part.geometry.filters, kernels.lanes},
-        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask),
+        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask,
+                operands.prologue),
         target_(kernels, part, operands),
         memory_(part, panels_, operands.scratch, operands.threads),
         transform_(part, source_, memory_.zeros) {

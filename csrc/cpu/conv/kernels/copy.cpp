@@ -10,6 +10,7 @@ namespace fastalex::cpu::FASTALEX_ISA {
 namespace {
 
 using conv::AddCall;
+using conv::AffineCall;
 using conv::GatherCall;
 using conv::ScatterCall;
 
@@ -260,6 +261,25 @@ void scatter(const ScatterCall& call) {
 void add(const AddCall& call) {
   if (call.channel_stride != 1) return add_strided(call);
   visit_float_dtype(call.dtype, [&]<class S>(S) { add_channels_last<S>(call); });
+}
+
+void affine(const AffineCall& call) {
+  for (int c = 0; c < call.channels; c += kLane) {
+    const int count = std::min(kLane, call.channels - c);
+    const F32 gain = load_up_to(call.gain + c, count), shift = load_up_to(call.shift + c, count);
+    const auto change = [&](F32 x) {
+      const F32 value = fused_multiply_add(x, gain, shift);
+      return call.relu ? (value < 0.0f ? F32{} : value) : value;
+    };
+    float* at = call.data + c;
+    if (count == kLane) {
+      for (int64_t p = 0; p < call.pixels; ++p, at += call.stride) store(at, change(load(at)));
+    } else {
+      for (int64_t p = 0; p < call.pixels; ++p, at += call.stride) {
+        store_partial(at, change(load_partial(at, count)), count);
+      }
+    }
+  }
 }
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

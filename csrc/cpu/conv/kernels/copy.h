@@ -7,5 +7,6 @@ namespace fastalex::cpu::FASTALEX_ISA {
 void gather(const conv::GatherCall& call);
 void scatter(const conv::ScatterCall& call);
 void add(const conv::AddCall& call);
+void affine(const conv::AffineCall& call);
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

@@ -36,6 +36,7 @@ const conv::ConvKernels& conv_kernels() {
       .gather = gather,
       .scatter = scatter,
       .add = add,
+      .affine = affine,
       .dot = dot,
       .add_lanes = add_lanes,
       .winograd = winograd,
