@@ -31,7 +31,10 @@ def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
     preloads = [runtime_library(name) for name in ("libasan.so", "libstdc++.so.6")]
     assert all(preloads), "g++ has no libasan"
     options = "detect_leaks=0:halt_on_error=1:verify_asan_link_order=0:allocator_may_return_null=1"
-    files = [f"tests/test_{name}.py" for name in (*CASES, "errors", "properties")]
+    files = [
+        f"tests/test_{name}.py"
+        for name in (*CASES, "conv_relu_max_pool", "errors", "properties", "properties_conv")
+    ]
     done = run(
         [sys.executable, "-m", "pytest", "-x", "-s", "-m", "not slow", "-k", UNFIT, *files],
         checkout,

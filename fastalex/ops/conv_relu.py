@@ -244,6 +244,11 @@ def conv2d_relu(
     Raises:
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes, devices or geometry that don't fit together, saying which and what would.
+
+    Scratch on a CPU, with I and O the bytes of a padded input image and of its output in float32, and W of the weight:
+    at most 16 MiB and, a thread, 2 MiB + 8 (I + O); for all gradients together 10 (I + O + W) more. AlexNet's layers
+    take 1 to 8 MiB, and 10 to 40 MiB backward; :func:`fastalex.explain` says how much a call takes. A thread keeps up
+    to 64 MiB for its next call. Packed weights are apart: they are kept while their weight lives, up to 1 GiB in all.
     """
     arguments = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     output = call_as_conv(CONV_RELU, arguments)

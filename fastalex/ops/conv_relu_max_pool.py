@@ -188,6 +188,8 @@ def conv2d_relu_max_pool2d(
 
     Raises:
         TypeError, ValueError: as the two operators.
+
+    Scratch on a CPU: what the two operators hold, max(6 MiB, an image of the map), and such an image a thread.
     """
     arguments = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     name = "conv2d_relu_max_pool2d"
@@ -231,6 +233,8 @@ def conv2d_relu_lrn_max_pool2d(
 
     Raises:
         TypeError, ValueError: as the two operators.
+
+    Scratch on a CPU: what the two operators hold, max(6 MiB, an image of the map), and such an image a thread.
     """
     arguments = conv_arguments(input, weight, bias, stride, padding, dilation, groups)
     name = "conv2d_relu_lrn_max_pool2d"

@@ -175,6 +175,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         TypeError: for an input that is not floating point, or a weight or bias of another dtype.
         ValueError: for shapes or devices that don't fit together, saying which and what would.
+
+    Scratch on a CPU, forward or backward: at most 2 MiB, 4 MiB a thread and 4 (I + O) bytes a row.
     """
     return _call(input, weight, bias, True, "linear_relu")
 

@@ -146,6 +146,9 @@ def lrn_max_pool2d(
 
     Raises:
         TypeError, ValueError: as the two operators.
+
+    Scratch on a CPU, forward or backward: what the two hold but for a plane, and a band of at most
+    max(128 Ki, kernel_size C W) numbers a thread, in float64 for float64 and in float32 or narrower else.
     """
     name = "lrn_max_pool2d"
     require_floating(input, name)

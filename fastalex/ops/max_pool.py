@@ -187,6 +187,9 @@ def max_pool2d(
     Raises:
         ValueError: for a wrong rank, a non-positive or ill-shaped geometry argument, too much padding, or an input
             with no room for a window.
+
+    Scratch on a CPU: at most 64 (W + kernel_size^2) bytes a thread, and backward 64 H and one plane of H x W float32
+    (float64 for float64) more. Other layouts are copied once, as in :func:`local_response_norm`.
     """
     require_tensor(input, "max_pool2d")
     geometry = pool_geometry(

@@ -262,9 +262,29 @@ void eviction() {
   for (std::thread& thread : threads) thread.join();
 }
 
+// A weight that changes while it is packed, as by another thread, and is then as it was: the packed
+// form, which is of neither content, is not taken for it.
+void changed_while_packed() {
+  Results weight = random_values(64, 1);
+  const auto pack = [&](bool change) {
+    return packed_weight({weight.data(), 256}, 1, 256, [&, change](void* out) {
+      if (change) weight[3] += 1;
+      std::memcpy(out, weight.data(), 256);
+    });
+  };
+  pack(true);
+  weight[3] -= 1;
+  if (std::memcmp(pack(false)->data(), weight.data(), 256) != 0) {
+    std::fputs("a packed form is stale\n", stderr);
+    ++failures;
+  }
+  release_packed(reinterpret_cast<intptr_t>(weight.data()));
+}
+
 }  // namespace
 
 int main() {
+  changed_while_packed();
   threads_inside();
   threads_outside();
   eviction();
