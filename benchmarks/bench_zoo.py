@@ -14,12 +14,25 @@ import torch
 from torch import Tensor, nn
 
 import fastalex
+from benchmarks import peers
 from benchmarks.cases import PEERS, Case, Prepared, Unavailable, compiled
 from fastalex import costs, models
 
 TORCHVISION = (
-    "alexnet", "vgg16", "squeezenet1_1", "googlenet", "resnet18", "resnet50", "densenet121",
+    "alexnet", "vgg11", "vgg16", "vgg19", "vgg11_bn", "vgg16_bn", "vgg19_bn", "googlenet", "squeezenet1_0",
+    "squeezenet1_1", "resnet18", "resnet50", "resnet152", "wide_resnet50_2", "resnext50_32x4d", "densenet121",
+    "efficientnet_b0",
 )  # fmt: skip
+#: fastalex's own, in their stock form, and the side of their images.
+FAMILY: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{
+        name: (functools.partial(models.alexnet, name, fused=False), 227)
+        for name in ("caffenet", "bvlc", "batchnorm")
+    },
+    "zfnet": (functools.partial(models.ZFNet, fused=False), 224),
+    "nin": (functools.partial(models.NetworkInNetwork, fused=False), 224),
+    "bvlc_googlenet": (functools.partial(models.GoogLeNet, fused=False), 224),
+}
 BATCH, PAIRS = 8, 8
 
 
@@ -96,12 +109,14 @@ class Network:
     to_images: bool = False  # times the gradient with respect to the first input
 
     def prepare(self, provider: str, device: torch.device) -> Prepared:
-        if provider in PEERS:
-            raise Unavailable(f"{provider} is measured on AlexNet alone")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             net = self.build().eval().requires_grad_(False).to(device)
             inputs = [torch.rand(shape).to(device) for shape in self.shapes]
+        if provider in PEERS:
+            if self.to_images:
+                raise Unavailable(f"{provider} has no gradients")
+            return Prepared(peers.inference_of(provider, net, inputs), costs=self.costs())
         note = fastalex.optimize(net).summary() if provider == "fastalex" else None
         done: dict[str, Any] = {"costs": self.costs(), "note": note and note.replace("\n", "; ")}
         forward: Callable[..., Tensor] = net
@@ -153,10 +168,8 @@ def networks() -> Iterator[Network]:
     image = ((BATCH, 3, 224, 224),)
     for name in TORCHVISION:
         yield Network(f"zoo/{name}", functools.partial(_torchvision, name), image)
-    stock = functools.partial(models.alexnet, "caffenet", fused=False)
-    yield Network("zoo/caffenet", stock, ((BATCH, 3, 227, 227),))
-    stock = functools.partial(models.GoogLeNet, fused=False)
-    yield Network("zoo/bvlc_googlenet", stock, image)
+    for name, (build, side) in FAMILY.items():
+        yield Network(f"zoo/{name}", build, ((BATCH, 3, side, side),))
     pairs = ((PAIRS, 3, 256, 256),) * 2
     for copy_of, suffix in (("lpips", ""), ("torchmetrics", "-torchmetrics")):
         build = functools.partial(_lpips, copy_of)

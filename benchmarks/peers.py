@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fastalex
 from benchmarks.cases import Unavailable
 from benchmarks.timing import Call
 from fastalex.models import AlexNet
@@ -86,16 +90,35 @@ def to_onnx(net: AlexNet, batch: int) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def exported(net: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """Any network as standard ONNX operators: optimised first, so that its LRN is one of them too."""
+    fastalex.optimize(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(net, tuple(inputs), dynamo=True, verbose=False)
+    assert program is not None
+    buffer = io.BytesIO()
+    program.save(buffer)
+    return buffer.getvalue()
+
+
 def inference(provider: str, net: AlexNet, images: Tensor, dtype: torch.dtype) -> Call:
     """A call that runs ``net`` on ``images`` in the peer, on as many threads as torch has."""
     try:
-        model = to_onnx(net, images.shape[0])
-        return _ENGINES[provider](model, images, dtype)
+        return _ENGINES[provider](to_onnx(net, images.shape[0]), [images], dtype)
     except ImportError as failure:
         raise _missing(failure) from failure
 
 
-def _onnxruntime(model: bytes, images: Tensor, dtype: torch.dtype) -> Call:
+def inference_of(provider: str, net: nn.Module, inputs: Sequence[Tensor]) -> Call:
+    """The same of any network, in float32."""
+    try:
+        return _ENGINES[provider](exported(net, inputs), inputs, torch.float32)
+    except ImportError as failure:
+        raise _missing(failure) from failure
+
+
+def _onnxruntime(model: bytes, inputs: Sequence[Tensor], dtype: torch.dtype) -> Call:
     import onnxruntime
 
     if dtype is not torch.float32:
@@ -104,11 +127,12 @@ def _onnxruntime(model: bytes, images: Tensor, dtype: torch.dtype) -> Call:
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # shares its cores
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {"input": images.numpy()}
+    names = (input.name for input in session.get_inputs())
+    feed = {name: input.numpy() for name, input in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feed)
 
 
-def _openvino(model: bytes, images: Tensor, dtype: torch.dtype) -> Call:
+def _openvino(model: bytes, inputs: Sequence[Tensor], dtype: torch.dtype) -> Call:
     import openvino
 
     settings = {
@@ -118,7 +142,7 @@ def _openvino(model: bytes, images: Tensor, dtype: torch.dtype) -> Call:
     }
     core = openvino.Core()
     request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
-    feed = {0: images.numpy()}
+    feed = {at: input.numpy() for at, input in enumerate(inputs)}
     return lambda: request.infer(feed, share_inputs=True)
 
 
