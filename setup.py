@@ -37,6 +37,7 @@ CPU_HOST = (
         "activation",
         "buffer",
         "conv_plans",
+        "kept_memory",
         "library",
         "packed",
         "register",

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from fastalex import models, ops, reference
 from fastalex._explain import explain
+from fastalex._memory import cached_bytes, empty_cache
 from fastalex._optimize import optimize
 from fastalex._precision import get_conv_precision, set_conv_precision
 from fastalex._tune import tune
@@ -13,6 +14,8 @@ __version__ = _version("fastalex")
 
 __all__ = [
     "BackendError",
+    "cached_bytes",
+    "empty_cache",
     "explain",
     "get_conv_precision",
     "models",

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <exception>
 #include <utility>
 #include <vector>
 
-#include "buffer.h"
+#include "kept_memory.h"
 #include "poison.h"
 #include "require.h"
 
@@ -75,6 +76,37 @@ std::array<int64_t, kMaxDims> dense_strides(Sizes sizes, bool channels_last) {
   return strides;
 }
 
+// Beyond this the size of a result is not exact in double, and its memory not to be had.
+constexpr double kMostBytes = 0x1p52;
+
+size_t element_bytes(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_uint8()) return 1;
+  if (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16()) return 2;
+  if (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_int32()) return 4;
+  return 8;
+}
+
+// In memory that comes back to us when torch lets go of the tensor; false where there is not
+// enough.
+bool create_large(int32_t dtype, Sizes sizes, Sizes strides, size_t bytes,
+                  AtenTensorHandle* handle) {
+  KeptBlock* block = nullptr;
+  try {
+    block = take_block(bytes);
+  } catch (const std::exception&) {
+    return false;
+  }
+  const auto give_back = [](void*, void* context) {
+    give_back_block(static_cast<KeptBlock*>(context));
+  };
+  const auto failed =
+      torch_from_blob(block->buffer.data(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                      strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, handle,
+                      aoti_torch_layout_strided(), nullptr, 0, give_back, block);
+  if (failed != 0) give_back_block(block);
+  return failed == 0;
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& tensor) {
@@ -139,17 +171,24 @@ Tensor dense_weight(const Tensor& weight) {
 }
 
 Tensor empty_strided(int32_t dtype, Sizes sizes, Sizes strides) {
-  AtenTensorHandle handle;
-  const auto failed = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                               aoti_torch_device_type_cpu(), 0, &handle);
   double elements = 1;
   for (size_t d = 0; d < sizes.size(); ++d) elements *= static_cast<double>(sizes[d]);
-  require(failed == 0, "not enough memory for a result of ", elements,
+  const double bytes = elements * element_bytes(dtype);
+  AtenTensorHandle handle;
+  bool failed = false;
+  if (bytes >= kLargeBlock && bytes < kMostBytes) {
+    failed = !create_large(dtype, sizes, strides, static_cast<size_t>(bytes), &handle);
+  } else {
+    failed = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                      aoti_torch_device_type_cpu(), 0, &handle) != 0;
+  }
+  require(!failed, "not enough memory for a result of ", elements,
           " elements: make the batch smaller");
   Tensor tensor(handle);
-  const int64_t bytes = tensor.numel() * tensor.element_size();
-  use_huge_pages(tensor.mutable_data_ptr(), bytes);
-  if (poison_enabled() && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+  if (bytes < kLargeBlock && bytes > 0) {
+    use_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
+    if (poison_enabled()) std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+  }
   return tensor;
 }
 

@@ -20,13 +20,9 @@ namespace fastalex::cpu {
 namespace {
 
 constexpr size_t kAlignment = 64, kFence = 64, kHugePage = size_t{2} << 20;
-// A thread keeps no more scratch than this between calls.
-constexpr size_t kKeptScratch = size_t{64} << 20;
 constexpr int kPoison = 0xff;  // as bytes of a float: NaN
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
-
-thread_local Buffer t_scratch;
 
 }  // namespace
 
@@ -80,6 +76,8 @@ void Buffer::reserve(size_t bytes) {
   if (fenced_) std::memset(data_, kPoison, reserved_ + kFence);
 }
 
+size_t Buffer::usable() const { return capacity_ > kFence ? capacity_ - kFence : 0; }
+
 void Buffer::check() const {
   if (!fenced_) return;
   const char* fence = data_ + reserved_;
@@ -89,14 +87,5 @@ void Buffer::check() const {
   std::fputs("fastalex: a kernel wrote beyond its working memory\n", stderr);
   std::abort();
 }
-
-ScratchLease::ScratchLease(size_t bytes) { t_scratch.reserve(bytes); }
-
-ScratchLease::~ScratchLease() {
-  t_scratch.check();
-  if (t_scratch.capacity() > kKeptScratch) Buffer().operator=(std::move(t_scratch));
-}
-
-char* ScratchLease::data() const { return t_scratch.data(); }
 
 }  // namespace fastalex::cpu

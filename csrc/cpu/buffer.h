@@ -20,6 +20,7 @@ class Buffer {
   void reserve(size_t bytes);
   char* data() const { return data_; }
   size_t capacity() const { return capacity_; }
+  size_t usable() const;  // the most that reserve() takes without new memory
   // Ends the process, which is under test, if memory beyond the reserved bytes was written.
   void check() const;
 
@@ -27,18 +28,6 @@ class Buffer {
   char* data_ = nullptr;
   size_t capacity_ = 0, reserved_ = 0;
   bool fenced_ = false;
-};
-
-// The calling thread's scratch for one call at a time: kept for its next call unless enormous, so
-// that calls from many threads share nothing and a forked child finds no lock.
-class ScratchLease {
- public:
-  explicit ScratchLease(size_t bytes);
-  ~ScratchLease();
-  ScratchLease(const ScratchLease&) = delete;
-  ScratchLease& operator=(const ScratchLease&) = delete;
-
-  char* data() const;
 };
 
 }  // namespace fastalex::cpu

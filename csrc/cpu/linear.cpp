@@ -70,6 +70,16 @@ void read_panels(const ConvKernels& kernels, DType dtype, const void* data, int6
   }
 }
 
+// Asks for rows [first, last) of a strip of a matrix, so that they wait in L2 when they are read: a
+// strip's rows lie too far apart for the processor to see them coming.
+void fetch_rows(const void* data, int64_t row_bytes, int64_t strip_bytes, int first, int last) {
+  constexpr int64_t kLine = 64;
+  const char* row = static_cast<const char*>(data) + first * row_bytes;
+  for (int i = first; i < last; ++i, row += row_bytes) {
+    for (int64_t at = 0; at < strip_bytes; at += kLine) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 // The forward pass: a job is a few rows of weights times up to kRowsPerJob rows of the batch.
 class Forward {
  public:
@@ -272,6 +282,7 @@ class Backward {
     gemm.row_stride = dz_stride_;
     gemm.rows = std::min(panel_rows_, problem_.rows - row);
     gemm.segment_count = 1;
+    const int64_t element_bytes = conv::element_size(problem_.dtype);
     for (int first = 0; first < problem_.outputs; first += kDepth) {
       const Segment outputs{0, std::min(kDepth, problem_.outputs - first)};
       read_panels(kernels_, problem_.dtype, call.weight, int64_t{first} * problem_.inputs + column,
@@ -279,7 +290,12 @@ class Backward {
       gemm.a = dz_ + row * dz_stride_ + first;
       gemm.segments = &outputs;
       gemm.accumulate = first > 0;
+      const int next = first + kDepth, ahead = std::clamp(problem_.outputs - next, 0, kDepth);
       for (int panel = 0; panel < panels.count(); ++panel) {
+        fetch_rows(
+            element_at(call.weight, problem_.dtype, int64_t{next} * problem_.inputs + column),
+            problem_.inputs * element_bytes, panels.filters * element_bytes,
+            ahead * panel / panels.count(), ahead * (panel + 1) / panels.count());
         gemm.b = w.panels + int64_t{outputs.length} * panels.first(panel);
         gemm.vectors = panels.vectors(panel);
         gemm.c = w.sums + gemm.rows * panels.first(panel);

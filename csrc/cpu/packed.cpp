@@ -122,6 +122,12 @@ void release_packed(int64_t address) {
   while (it != g_entries.end() && it->first.first == data) erase(it++);
 }
 
+void release_all_packed() {
+  const std::lock_guard lock(g_mutex);
+  g_entries.clear();
+  g_bytes = 0;
+}
+
 int64_t packed_bytes() {
   const std::lock_guard lock(g_mutex);
   return static_cast<int64_t>(g_bytes);

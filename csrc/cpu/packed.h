@@ -33,6 +33,8 @@ std::shared_ptr<const Buffer> packed_weight(WeightBytes weight, uint64_t layout,
 // Frees what was packed from the weight whose data begins at `address`.
 void release_packed(int64_t address);
 
+void release_all_packed();
+
 // Bytes kept now, and the most that are.
 int64_t packed_bytes();
 int64_t packed_limit();

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "activation.h"
+#include "kept_memory.h"
 #include "library.h"
 #include "numbers.h"
 #include "pool_numbers.h"
@@ -185,6 +186,9 @@ STABLE_TORCH_LIBRARY(fastalex_cpu, m) {
   m.def("available_isas() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("set_poison(bool enabled) -> ()");
+  m.def("kept_memory_bytes() -> int");
+  m.def("kept_memory_limit() -> int");
+  m.def("release_kept_memory() -> ()");
   m.def("lrn(Tensor input, Tensor numbers) -> Tensor");
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor numbers) -> Tensor");
   // The pool, and ceil_mode.
@@ -205,6 +209,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {
   m.impl("available_isas", TORCH_BOX(&fastalex::cpu::available_isas));
   m.impl("set_isa", TORCH_BOX(&fastalex::cpu::set_isa));
   m.impl("set_poison", TORCH_BOX(&fastalex::cpu::set_poison));
+  m.impl("kept_memory_bytes", TORCH_BOX(&fastalex::cpu::kept_memory_bytes));
+  m.impl("kept_memory_limit", TORCH_BOX(&fastalex::cpu::kept_memory_limit));
+  m.impl("release_kept_memory", TORCH_BOX(&fastalex::cpu::release_kept_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CPU, m) {

@@ -10,6 +10,7 @@
 
 #include "conv/scalar.h"
 #include "conv_call.h"
+#include "kept_memory.h"
 #include "library.h"
 #include "parallel.h"
 
@@ -397,6 +398,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalex_cpu, m) {
   m.def("set_conv_precision(int level) -> ()");
   m.def("force_conv_engine(int engine, int tile) -> ()");
   m.def("release_packed(int address) -> ()");
+  m.def("release_all_packed() -> ()");
   m.def("packed_bytes() -> int");
   m.def("packed_limit() -> int");
 }
@@ -406,6 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastalex_cpu, CompositeExplicitAutograd, m) {
   m.impl("set_conv_precision", TORCH_BOX(&fastalex::cpu::set_conv_precision));
   m.impl("force_conv_engine", TORCH_BOX(&fastalex::cpu::force_conv_engine));
   m.impl("release_packed", TORCH_BOX(&fastalex::cpu::release_packed));
+  m.impl("release_all_packed", TORCH_BOX(&fastalex::cpu::release_all_packed));
   m.impl("packed_bytes", TORCH_BOX(&fastalex::cpu::packed_bytes));
   m.impl("packed_limit", TORCH_BOX(&fastalex::cpu::packed_limit));
 }

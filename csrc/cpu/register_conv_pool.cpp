@@ -8,6 +8,7 @@
 
 #include "conv/scalar.h"
 #include "conv_call.h"
+#include "kept_memory.h"
 #include "library.h"
 #include "parallel.h"
 #include "pool_numbers.h"

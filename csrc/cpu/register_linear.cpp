@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "activation.h"
-#include "buffer.h"
+#include "kept_memory.h"
 #include "library.h"
 #include "linear.h"
 #include "parallel.h"

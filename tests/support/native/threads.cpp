@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../../csrc/cpu/conv_plans.h"
+#include "../../../csrc/cpu/kept_memory.h"
 #include "../../../csrc/cpu/linear.h"
 #include "../../../csrc/cpu/packed.h"
 #include "convolution.h"
