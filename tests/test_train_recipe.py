@@ -15,8 +15,7 @@ from fastalex import reference
 from fastalex.train import Options, PaperSGD, TrainingError
 from fastalex.train.batches import Pipeline, TrainingBatches, make_loader, mixed_seed
 from fastalex.train.recipe import make_optimizer, make_schedule, parameter_groups
-from fastalex.train.statistics import Statistics, measure
-from fastalex.train.trainer import takes_levels
+from fastalex.train.statistics import Statistics, measure, takes_levels
 from tests.support import train_tiny
 
 RATES = (0.1, 0.1, 0.01, 0.01, 0.001)  # it changes on the way: there the two rules part

@@ -48,7 +48,7 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
     assert_same(one.schedule.state_dict(), other.schedule.state_dict())
     assert one.progress == other.progress
     for row, same in zip(one.history, other.history, strict=True):
-        rates = ("images_per_second",)
+        rates = ("images_per_second", "waited")
         assert {**row, **dict.fromkeys(rates)} == {**same, **dict.fromkeys(rates)}
     best = [checkpoint.load(run.folder / "best.pt")["model"] for run in (one, other)]
     assert_same(*best)
@@ -142,6 +142,27 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_last_checkpoint_intac
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_weights_that_are_not_numbers_are_never_saved(tmp_path, monkeypatch):
+    """A loss may be finite, and the step after it not."""
+    train_tiny.trainer(tmp_path, save_every=1, epochs=1).fit()
+    before = (tmp_path / "last.pt").read_bytes()
+    run = train_tiny.trainer(tmp_path, save_every=1, epochs=2)
+    run.resume()
+    original = run.optimizer.step
+
+    def overflow():
+        original()
+        with torch.no_grad():
+            run.model[0].weight[0] = float("inf")
+
+    monkeypatch.setattr(run.optimizer, "step", overflow)
+    with pytest.raises(
+        TrainingError, match=r"0.weight is no longer finite in epoch 2, step 1.*last.pt is intact"
+    ):
+        run.fit()
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_loses_nothing(tmp_path):
     run = train_tiny.trainer(tmp_path, epochs=1)
@@ -158,17 +179,32 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert not (tmp_path / "last.pt.partial").exists()
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path, monkeypatch):
+@pytest.fixture
+def nobody():
+    """A user who may write nowhere in the tests' folders, root's rights put aside."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path, request):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"file/run cannot be made: Not a directory.*--out"):
         train_tiny.trainer(tmp_path / "file" / "run").fit()
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(checkpoint, "_Watched", refuse)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o555)
+    for folder in reversed(tmp_path.parents):  # let anybody in, to look
+        if folder.stat().st_uid == os.getuid() and len(folder.parts) > 2:
+            folder.chmod(folder.stat().st_mode | 0o111)
+    tmp_path.chmod(0o555)
+    request.getfixturevalue("nobody")
+    with pytest.raises(TrainingError, match=r"new cannot be made: Permission denied.*--out"):
+        train_tiny.trainer(tmp_path / "new").fit()
     with pytest.raises(
-        TrainingError, match=r"options.json could not be written: Permission denied"
+        TrainingError, match=r"options.json could not be written: Permission denied.*--out"
     ):
         train_tiny.trainer(tmp_path / "run").fit()
 

@@ -25,10 +25,10 @@ from fastalex.train.__main__ import main
 from fastalex.train.data import load
 from fastalex.train.evaluate import evaluate
 from fastalex.train.metrics import average, score
+from fastalex.train.runtime import make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.statistics import measure
+from fastalex.train.statistics import measure, takes_levels
 from fastalex.train.sweep import Sweep, _fall
-from fastalex.train.trainer import make_deterministic, takes_levels
 from tests.support import train_tiny
 
 #: Small enough for seconds, and still every stage of a run.

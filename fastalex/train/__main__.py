@@ -12,8 +12,9 @@ from typing import Any
 from fastalex.train import build, checkpoint
 from fastalex.train.errors import Interrupted, TrainingError, extra
 from fastalex.train.options import Options, add_options, given
+from fastalex.train.runtime import make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.trainer import Trainer, make_deterministic
+from fastalex.train.trainer import Trainer
 
 #: Options of a fine-tuning run that are not a new run's: small steps, larger ones for the new head.
 FINE_TUNING: dict[str, Any] = {"lr": 0.001}

@@ -13,8 +13,9 @@ from fastalex.train.build import make_model
 from fastalex.train.data import Data, load
 from fastalex.train.errors import TrainingError, extra
 from fastalex.train.options import Options
+from fastalex.train.runtime import make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.trainer import Trainer, make_deterministic
+from fastalex.train.trainer import Trainer
 
 #: With every part of the paper in it, small enough for 32x32 images.
 BASE = ("towers=2", "hidden=128", "dropout=0.5")

@@ -13,24 +13,43 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import fastalex
 from fastalex import models
+from fastalex.models.alexnet import PRESETS
 from fastalex.models.processes import SPLITS
 from fastalex.train import checkpoint
 from fastalex.train.data import Data, load
-from fastalex.train.errors import TrainingError
+from fastalex.train.errors import TrainingError, extra
 from fastalex.train.options import Options
+from fastalex.train.runtime import choose_device, make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.trainer import Trainer, choose_device, make_deterministic
+from fastalex.train.trainer import Trainer
 
 
-def make_model(options: Options, classes: int) -> models.AlexNet:
-    """The network that ``options`` name, newly initialised."""
+def make_model(options: Options, classes: int) -> nn.Module:
+    """The network that ``options`` name, newly initialised: one of fastalex's, or torchvision's on its operators."""
     assert options.preset is not None
-    arguments = {"num_classes": classes, "fused": not options.stock, **options.model_arguments()}
+    arguments = {"num_classes": classes, **options.model_arguments()}
     try:
-        return models.alexnet(options.preset, **arguments)
+        if options.preset in PRESETS:
+            return models.alexnet(options.preset, fused=not options.stock, **arguments)
+        return _torchvision_network(options, arguments)
     except (TypeError, ValueError) as failure:
         raise TrainingError(f"--preset {options.preset}: {failure}") from failure
+
+
+def _torchvision_network(options: Options, arguments: dict[str, Any]) -> nn.Module:
+    zoo = extra("torchvision.models")
+    if options.preset not in zoo.list_models(module=zoo):
+        raise ValueError(
+            f"no preset '{options.preset}', nor a network of torchvision's; there are {', '.join(PRESETS)}"
+        )
+    if options.preset in ("googlenet", "inception_v3"):  # one loss, one head
+        arguments = {"aux_logits": False, "init_weights": True, **arguments}
+    model: nn.Module = zoo.get_model(options.preset, **arguments)
+    if not options.stock:
+        fastalex.optimize(model)
+    return model
 
 
 def new_folder(options: Options) -> Path:
@@ -83,7 +102,7 @@ def agreed_folder(options: Options) -> Path:
     return Path(names[0])
 
 
-def spread(model: models.AlexNet, options: Options) -> nn.Module:
+def spread(model: nn.Module, options: Options) -> nn.Module:
     """The network over the processes, as --parallel says.
 
     Raises:
@@ -91,6 +110,10 @@ def spread(model: models.AlexNet, options: Options) -> nn.Module:
     """
     if options.parallel == "none":
         return model
+    if not isinstance(model, models.AlexNet):
+        raise TrainingError(
+            f"--parallel {options.parallel} is for the presets of fastalex.models, not for {options.preset}"
+        )
     model = model.to(choose_device(options.device))
     try:
         return SPLITS[options.parallel](model)
@@ -98,9 +121,10 @@ def spread(model: models.AlexNet, options: Options) -> nn.Module:
         raise TrainingError(f"--parallel {options.parallel}: {failure}") from failure
 
 
-def _network(options: Options, data: Data, screen: Screen | None) -> models.AlexNet:
+def _network(options: Options, data: Data, screen: Screen | None) -> nn.Module:
     """The network of a run; its weights are new, or those of the checkpoint it starts from."""
     model = make_model(options, len(data.classes))
+    _require_fit(model, options)
     if options.start is not None:
         state = checkpoint.load(options.start)
         other_classes = state["classes"] != data.classes
@@ -112,10 +136,22 @@ def _network(options: Options, data: Data, screen: Screen | None) -> models.Alex
     return model
 
 
+def _require_fit(model: nn.Module, options: Options) -> None:
+    """Raises where the network does not take the crops: before a run, and not in the middle of its first step."""
+    crop = options.crop or 0
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, crop, crop))
+    except (ValueError, RuntimeError) as failure:
+        raise TrainingError(
+            f"--preset {options.preset} does not take crops of {crop}x{crop} pixels: {failure}. Give another --crop"
+        ) from failure
+
+
 def head(model: nn.Module) -> str:
-    """The path of the last linear layer: what names the classes."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return str(paths[-1])
+    """The path of the last layer with weights (in SqueezeNet a convolution): what names the classes."""
+    layers = (nn.Linear, nn.Conv2d)
+    return str([path for path, module in model.named_modules() if isinstance(module, layers)][-1])
 
 
 def take_weights(model: nn.Module, weights: dict[str, Any], without: str = "") -> list[str]:

@@ -17,8 +17,8 @@ from fastalex.train.build import make_model
 from fastalex.train.data import Data
 from fastalex.train.options import Options
 from fastalex.train.recipe import make_optimizer
+from fastalex.train.runtime import choose_device
 from fastalex.train.statistics import Statistics
-from fastalex.train.trainer import choose_device
 
 
 def twins(options: Options, classes: int) -> dict[str, nn.Module]:

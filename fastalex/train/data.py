@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalex.models.alexnet import COLUMNS, PRESETS
 from fastalex.train.errors import TrainingError, extra
 from fastalex.train.options import Options
 
@@ -141,12 +142,22 @@ class Data:
     note: str  # where the splits come from
 
 
+def native_sides(preset: str | None) -> tuple[int, ...]:
+    """The sides of the images that a preset takes; none where it takes any, or is no preset."""
+    if preset not in PRESETS:
+        return ()
+    return COLUMNS[PRESETS[preset].get("column", "paper")].sides
+
+
 def load(options: Options) -> Data:
     """The data set that ``options`` name; fills in the options it has defaults for.
 
     Raises:
         TrainingError: where it is not there, with what to do.
     """
+    sides = native_sides(options.preset)
+    if options.crop is None and sides:
+        options.crop = sides[0]
     for name, value in DEFAULTS[options.data].items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -17,8 +17,8 @@ from fastalex.train.data import Data, load
 from fastalex.train.errors import TrainingError
 from fastalex.train.metrics import Scores, average, predict, score
 from fastalex.train.options import Options
+from fastalex.train.runtime import choose_device
 from fastalex.train.statistics import Statistics
-from fastalex.train.trainer import choose_device
 
 
 @dataclass

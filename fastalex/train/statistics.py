@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex.models.alexnet import PRESETS
 from fastalex.train.data import Images, Unreadable
 from fastalex.train.errors import TrainingError
+from fastalex.train.options import Options
 
 SAMPLE = 10_000  # images; of a larger set a seeded sample
 
@@ -34,6 +36,14 @@ class Statistics:
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+def takes_levels(options: Options) -> bool:
+    """Weights as the paper and its successors draw them expect pixels of 0 to 255, torch's own unit deviation."""
+    if options.levels is not None:
+        return options.levels
+    preset = PRESETS.get(options.preset or "", {"init": "torch"})
+    return bool({**preset, **options.model_arguments()}.get("init") != "torch")
 
 
 def measure(images: Images, levels: bool, seed: int = 0) -> Statistics:

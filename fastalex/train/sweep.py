@@ -19,13 +19,15 @@ from fastalex.train.data import Data, load
 from fastalex.train.errors import TrainingError, extra
 from fastalex.train.options import Options
 from fastalex.train.recipe import make_optimizer
+from fastalex.train.runtime import choose_device, make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.statistics import measure
-from fastalex.train.trainer import Trainer, choose_device, make_deterministic, takes_levels
+from fastalex.train.statistics import measure, takes_levels
+from fastalex.train.trainer import Trainer
 
 #: Rates tried for one that makes the loss fall, large ones first.
 RATES = tuple(10.0**-power for power in (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4))
 SMALL_SAMPLE = 20
+SEARCHES = ("coarse", "fine")
 
 
 class Sweep:
@@ -159,8 +161,8 @@ class Sweep:
         model = make_model(self.options, len(self.data.classes)).to(self.device)
         if not regularised:
             for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+                if isinstance(getattr(module, "p", None), float):  # of any kind of dropout
+                    module.p = 0.0  # type: ignore[assignment]
         return model.train()
 
     def _batch(self, count: int, step: int = 0) -> tuple[Tensor, Tensor]:
@@ -197,40 +199,36 @@ class Sweep:
         return losses
 
     def plot(self) -> None:
-        """Each step as a picture: the rates, the small sample, the searches."""
+        """Each step as a picture: the rates, the small sample, the searches with the curve of every trial."""
         plots = extra("matplotlib")
         plots.use("Agg")
         pyplot = extra("matplotlib.pyplot")
-        figure, axes = pyplot.subplots(1, 4, figsize=(19, 4))
-        falls = self.results["rate"]["falls"]
-        axes[0].semilogx([row["lr"] for row in falls], [min(row["fall"], 1) for row in falls], "o-")
-        axes[0].axhline(0, color="grey", linewidth=0.7)
-        axes[0].set(
+        figure, axes = pyplot.subplots(2, 3, figsize=(16, 8), layout="constrained")
+        rates, small = axes[:, 0]
+        found = self.results["rate"]["falls"]
+        rates.semilogx([row["lr"] for row in found], [min(row["fall"], 1) for row in found], "o-")
+        rates.axhline(0, color="grey", linewidth=0.7)
+        rates.set(
             xlabel="learning rate", ylabel="change of the loss", title="2. a rate that learns"
         )
-        axes[1].semilogy(self.results["overfit"]["losses"])
-        axes[1].set(xlabel="step", ylabel="loss", title=f"3. {SMALL_SAMPLE} images by heart")
-        for axis, name in zip(axes[2:], ("coarse", "fine"), strict=True):
+        small.semilogy(self.results["overfit"]["losses"])
+        small.set(xlabel="step", ylabel="loss", title=f"3. {SMALL_SAMPLE} images by heart")
+        for number, name, (points, curves) in zip((4, 5), SEARCHES, axes.T[1:], strict=True):
             rows = [row for row in self.results[name] if math.isfinite(row["loss"])]
-            points = axis.scatter(
-                [row["lr"] for row in rows],
-                [row["weight_decay"] for row in rows],
-                c=[row["loss"] for row in rows],
-                cmap="viridis_r",
-                norm="log",
-            )
             failed = [row for row in self.results[name] if not math.isfinite(row["loss"])]
-            axis.scatter(
-                [row["lr"] for row in failed],
-                [row["weight_decay"] for row in failed],
-                marker="x",
-                c="red",
-            )
-            axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="weight decay")
-            axis.set_title(f"{'4' if name == 'coarse' else '5'}. {name} search (x: diverged)")
-            if rows:
-                figure.colorbar(points, ax=axis, label="validation loss")
-        figure.tight_layout()
+            norm = extra("matplotlib.colors").LogNorm()
+            norm.autoscale([row["loss"] for row in rows] or [1.0])
+            shades = extra("matplotlib.cm").ScalarMappable(norm, "viridis_r")
+            for row in rows:
+                colour = shades.to_rgba(row["loss"])
+                points.loglog(row["lr"], row["weight_decay"], "o", color=colour)
+                curves.semilogy(range(1, len(row["curve"]) + 1), row["curve"], color=colour)
+            for row in failed:
+                points.loglog(row["lr"], row["weight_decay"], "rx")
+            points.set(xlabel="learning rate", ylabel="weight decay")
+            points.set_title(f"{number}. {name} search (x: diverged)")
+            curves.set(xlabel="epoch", ylabel="validation loss")
+            figure.colorbar(shades, ax=[points, curves], label="lowest validation loss")
         figure.savefig(self.folder / "sweep.png", dpi=110)
         pyplot.close(figure)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import signal
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastalex.models.alexnet import PRESETS
 from fastalex.models.processes import Spread
 from fastalex.train import checkpoint
 from fastalex.train.batches import (
@@ -28,11 +26,13 @@ from fastalex.train.batches import (
 )
 from fastalex.train.data import Data, Images
 from fastalex.train.errors import Interrupted, TrainingError
+from fastalex.train.guards import StopSignals, explained_workers
 from fastalex.train.metrics import Scores, predict, score
 from fastalex.train.options import Options
 from fastalex.train.recipe import make_optimizer, make_schedule
+from fastalex.train.runtime import choose_device
 from fastalex.train.screen import Screen
-from fastalex.train.statistics import Statistics, measure
+from fastalex.train.statistics import Statistics, measure, takes_levels
 
 
 @dataclasses.dataclass
@@ -86,7 +86,9 @@ class Trainer:
         self.statistics: Statistics | None = None
         #: Called with each epoch's numbers.
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self._stop_signal: int | None = None
+        self._stop = StopSignals(
+            lambda: self.screen.say("stopping at the end of this step; once more to leave at once")
+        )
         if self.rank > 0:  # its dropout masks are its own
             torch.manual_seed(mixed_seed(options.seed, -1, self.rank))
 
@@ -112,17 +114,20 @@ class Trainer:
         )
         positions = Positions(len(batches))
         loader = make_loader(batches, options.workers or 0, sampler=positions)
-        with self._signals(), self.screen.bar(options.epochs * len(batches)) as bar:
+        with self._stop, self.screen.bar(options.epochs * len(batches)) as bar:
             while progress.epoch < options.epochs and not self._has_stopped_early():
                 positions.epoch, positions.first = progress.epoch, progress.step
-                began, before = time.perf_counter(), progress.seen
+                began, before, waited = time.perf_counter(), progress.seen, 0.0
                 self.model.train()
-                with _explained_workers():
+                with explained_workers():
+                    asked = began
                     for batch in loader:
+                        waited += time.perf_counter() - asked
                         self._step(batch)
                         bar.advance(progress, len(batches), progress.seen - before, began)
                         self._save_if_due()
-                self._end_epoch(progress.seen - before, time.perf_counter() - began)
+                        asked = time.perf_counter()
+                self._end_epoch(progress.seen - before, time.perf_counter() - began, waited)
 
     def take_best(self) -> None:
         """Puts the weights of the best epoch into the model."""
@@ -168,12 +173,8 @@ class Trainer:
             logits = self.model(images)
             loss = F.cross_entropy(logits.float(), labels)
         value = loss.item()
-        if value != value or value in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"the loss became {value} in epoch {progress.epoch + 1}, step {progress.step}. No "
-                f"checkpoint was written since: {self._where_saved()}. Lower --lr, or clip gradients "
-                "with --clip 1"
-            )
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss became {value}")
         if self.spread is not None:
             loss = loss * self.spread.weight(len(images))
         loss.backward()
@@ -203,7 +204,7 @@ class Trainer:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _end_epoch(self, images: int, seconds: float) -> None:
+    def _end_epoch(self, images: int, seconds: float, waited: float) -> None:
         progress = self.progress
         if self.spread is not None and self.spread.own_images:
             images = sum(self.spread.collect(images))
@@ -220,6 +221,7 @@ class Trainer:
             "top1_error": scores.top1_error,
             "top5_error": scores.top5_error,
             "images_per_second": images / seconds,
+            "waited": waited / seconds,  # for batches, as a share of the time
         }
         self.history.append(row)
         self.schedule.step(scores.loss)
@@ -244,7 +246,7 @@ class Trainer:
     def score(self, images: Images) -> Scores:
         """Single view, with the weights the model has."""
         options = self.options
-        with self._precision(), _explained_workers():
+        with self._precision(), explained_workers():
             predictions = predict(
                 self.model, images, self.pipeline, batch=options.batch or 1, device=self.device
             )
@@ -300,7 +302,15 @@ class Trainer:
             self.spread.load_merged_state_dict(model)
 
     def save(self, name: str = checkpoint.LAST) -> None:
+        """Writes the whole state as ``name``.
+
+        Raises:
+            TrainingError: where it cannot be written, or is worth nothing: a weight is not a number.
+        """
         state = self.state()
+        lost = [key for key, value in state["model"].items() if not value.isfinite().all()]
+        if lost:
+            raise self._diverged(f"{lost[0]} is no longer finite")
         if self.rank == 0:
             checkpoint.save(state, self.folder / name)
         if self.spread is not None:  # nobody reads it before it is there
@@ -327,7 +337,7 @@ class Trainer:
         return True
 
     def _save_if_due(self) -> None:
-        asked = self._stop_signal is not None
+        asked = self._stop.asked
         if self.spread is not None:  # all of them, or none
             asked = self.spread.any(asked)
         if asked:
@@ -340,72 +350,14 @@ class Trainer:
         if every and self.progress.step % every == 0:
             self.save()
 
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step}. No checkpoint was written "
+            f"since: {self._where_saved()}. Lower --lr, or clip gradients with --clip 1"
+        )
+
     def _where_saved(self) -> str:
         last = self.folder / checkpoint.LAST
         return (
             f"{last} is intact" if last.exists() else "the run had not come to its first checkpoint"
         )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a save at the end of the step; a second one ends the process at once."""
-
-        def ask(number: int, _: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-            self.screen.say("stopping at the end of this step; once more to leave at once")
-
-        before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may listen
-            before.update(
-                (each, signal.signal(each, ask)) for each in (signal.SIGINT, signal.SIGTERM)
-            )
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-
-@contextlib.contextmanager
-def _explained_workers() -> Iterator[None]:
-    """A data worker that dies takes no weights with it."""
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as failure:
-        # Torch notices by a signal; or else the pipe that a batch was to come through breaks first.
-        if isinstance(failure, RuntimeError) and "DataLoader worker" not in str(failure):
-            raise
-        reason = str(failure).partition("\n")[0] or type(failure).__name__
-        raise TrainingError(
-            f"a process that prepared batches died: {reason}. Go on with --resume; where memory ran out, "
-            "use fewer --workers"
-        ) from failure
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as failure:
-        raise TrainingError(f"--device {name}: {str(failure).splitlines()[0]}") from failure
-
-
-def takes_levels(options: Options) -> bool:
-    """Weights as the paper and its successors draw them expect pixels of 0 to 255, torch's own unit deviation."""
-    if options.levels is not None:
-        return options.levels
-    preset = PRESETS.get(options.preset or "", {"init": "torch"})
-    return bool({**preset, **options.model_arguments()}.get("init") != "torch")
-
-
-def make_deterministic(options: Options) -> None:
-    """Seeds everything, and allows only algorithms that repeat."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # torch's own LRN has no deterministic gradient on CUDA: the stock network may only be warned about.
-    torch.use_deterministic_algorithms(options.deterministic, warn_only=options.stock)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    checkpoint.seed_everything(options.seed)

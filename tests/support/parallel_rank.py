@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalex.models.processes import Hybrid, TowerProcesses
+from fastalex.models.processes import Hybrid, Replicas, TowerProcesses
 from tests.test_parallel import batch, gradients, small_network, step
 
 
@@ -23,6 +23,9 @@ def main() -> None:
     images, targets = batch()
     if split == "hybrid":
         net = module = Hybrid(small_network())
+        images, targets = images.chunk(ranks)[rank], targets.chunk(ranks)[rank]
+    elif split == "data":
+        net = module = Replicas(small_network())
         images, targets = images.chunk(ranks)[rank], targets.chunk(ranks)[rank]
     elif split == "towers":
         net = module = TowerProcesses(small_network())

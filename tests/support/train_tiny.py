@@ -15,8 +15,8 @@ from torch import nn
 from fastalex import ops
 from fastalex.train import Options, Trainer, checkpoint
 from fastalex.train.data import Arrays, Data
+from fastalex.train.runtime import make_deterministic
 from fastalex.train.screen import Screen
-from fastalex.train.trainer import make_deterministic
 
 CLASSES = 3
 
