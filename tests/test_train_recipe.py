@@ -228,7 +228,7 @@ def test_a_crop_outside_the_image_is_refused():
     images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     arguments = (torch.tensor([False]), torch.zeros(1, 3), torch.zeros(3), (5, 5), 1.0, 5)
     for corner in ([4, 0], [0, -1]):
-        with pytest.raises(ValueError, match=r"corners must lie between 0 and \[3, 3\]"):
+        with pytest.raises(ValueError, match=r"it must lie between \[0, 0\] and \[3, 3\]"):
             reference.augment(images, torch.tensor([corner]), *arguments, torch.float32)
 
 
