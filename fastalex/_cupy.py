@@ -7,7 +7,6 @@ could have been written by somebody else, is ignored with a warning and compiled
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,16 +14,14 @@ import importlib.util
 import json
 import os
 import pathlib
-import stat
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fastalex import _cuda_native
+from fastalex import _cache, _cuda_native
 from fastalex._cuda_native import Launch
 
 VERSION = 1
@@ -103,8 +100,7 @@ def options_for(capability: int) -> tuple[tuple[str, ...], str]:
 
 
 def cache_folder() -> pathlib.Path:
-    folder = os.environ.get("FASTALEX_CACHE_DIR")
-    return (pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache/fastalex") / "cubin"
+    return _cache.folder() / "cubin"
 
 
 @functools.cache
@@ -131,43 +127,25 @@ def load(key: str) -> tuple[bytes, str] | None:
     """(code, name) kept under the key; None where there is none, or it cannot be trusted."""
     path = cache_file(key)
     try:
-        with path.open("rb") as file:
-            _refuse_strangers(os.fstat(file.fileno()))
-            head = json.loads(file.readline(65536))
-            code = file.read()
+        # What runs on the GPU with the user's data must be the user's own.
+        first, _, code = _cache.read(path).partition(b"\n")
+        head = json.loads(first)
         if head["key"] != key or hashlib.sha256(code).hexdigest() != head["sha256"]:
             raise ValueError("it is damaged")
         return code, str(head["name"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warnings.warn(f"{path} is ignored: {error}; delete it to be rid of this", stacklevel=2)
         return None
 
 
-def _refuse_strangers(status: os.stat_result) -> None:
-    """Code from this file will run on the GPU with the user's data: nobody else may have written it."""
-    if not hasattr(os, "getuid"):
-        return
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError("another user could have written it")
-
-
 def save(key: str, code: bytes, name: str) -> None:
-    """Keeps code; in one step, so that another process reads the whole file or none. A full disk costs no call."""
+    """Keeps code. A full disk costs no call."""
     path = cache_file(key)
     head = {"key": key, "name": name, "sha256": hashlib.sha256(code).hexdigest()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(head).encode() + b"\n" + code)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        _cache.write(path, json.dumps(head).encode() + b"\n" + code)
     except OSError as error:
         warnings.warn(f"{path} could not be kept: {error}", stacklevel=2)
 

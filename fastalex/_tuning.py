@@ -17,7 +17,7 @@ import importlib.util
 import json
 import math
 import os
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex import _cache
+
 VERSION = 2
+_LARGEST = 1 << 16  # of the numbers in a configuration
 DEVICES = {"cuda"}  # of the calls that are measured
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -74,8 +77,7 @@ def paused() -> Iterator[None]:
 
 
 def cache_file() -> Path:
-    folder = os.environ.get("FASTALEX_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fastalex") / "tuning.json"
+    return _cache.folder() / "tuning.json"
 
 
 @functools.cache
@@ -125,22 +127,34 @@ def _configurations() -> dict[str, Any]:
     return {kind.__name__: kind for kind in kinds}
 
 
+def _configuration(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """One that was written out; raises where a field is not of its type, or no size that we would write."""
+    for field in dataclasses.fields(kind):
+        value = fields.get(field.name, field.default)
+        if type(value).__name__ != field.type or not 0 <= value <= _LARGEST:
+            raise ValueError(f"{kind.__name__} has {field.name} {value!r}")
+    return kind(**fields)
+
+
+def _choice(backend: str, options: Mapping[str, Any]) -> Choice:
+    if backend not in ("cuda", "triton", "cupy", "torch"):
+        raise ValueError(f"it names a backend {backend!r}")
+    kinds = _configurations()
+    return Choice(
+        backend, {name: _configuration(kinds[kind], of) for name, (kind, of) in options.items()}
+    )
+
+
 def load(path: Path) -> dict[str, Choice]:
     """The file's entries; none, with a warning, where it isn't one of ours or is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(_cache.read(path))
         if content["version"] != VERSION:
             return {}
-        kinds = _configurations()
-        return {
-            key: Choice(
-                backend, {name: kinds[kind](**fields) for name, (kind, fields) in options.items()}
-            )
-            for key, (backend, options) in content["entries"].items()
-        }
+        return {key: _choice(*choice) for key, choice in content["entries"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(
             f"{path} is ignored, as it can't be read: {error!r}; delete it to be rid of this",
             stacklevel=2,
@@ -149,8 +163,6 @@ def load(path: Path) -> dict[str, Choice]:
 
 
 def save(path: Path, entries: Mapping[str, Choice]) -> None:
-    """Replaces the file in one step: another process reads the old or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {
         key: (
             choice.backend,
@@ -161,30 +173,29 @@ def save(path: Path, entries: Mapping[str, Choice]) -> None:
         )
         for key, choice in sorted(entries.items())
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"version": VERSION, "entries": plain}, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    _cache.write(path, json.dumps({"version": VERSION, "entries": plain}, indent=1).encode())
 
 
 @functools.cache
+def _memory_of(path: Path) -> dict[str, Choice]:
+    return load(path)
+
+
 def memory() -> dict[str, Choice]:
     """The file's entries, read once a process."""
-    return load(cache_file())
+    with _recording:
+        return _memory_of(cache_file())
 
 
+#: Threads take turns: what one records, another neither misses nor overwrites.
+_recording = threading.RLock()
 _recent: dict[tuple[Any, ...], Choice | None] = {}  # by what is quick to hash
 _unmeasurable: set[tuple[Any, ...]] = set()
 
 
 def forget() -> None:
     """Drops what this process remembers; the file stays."""
-    memory.cache_clear()
+    _memory_of.cache_clear()
     _recent.clear()
     _unmeasurable.clear()
 
@@ -216,10 +227,15 @@ def options(op: str, backend: str, args: Sequence[Any]) -> Mapping[str, Any]:
 
 
 def record(op: str, args: Sequence[Any], choice: Choice) -> None:
-    memory()[call_key(op, args)] = choice
-    _recent[_quick_key(op, args)] = choice
-    path = cache_file()
-    save(path, {**load(path), **memory()})  # others may have written since it was read
+    """Remembers a winner; where the disk takes nothing, in this process alone."""
+    key, path = call_key(op, args), cache_file()
+    with _recording:
+        memory()[key] = choice
+        _recent[_quick_key(op, args)] = choice
+        try:
+            save(path, {**load(path), **memory()})  # others may have written since it was read
+        except OSError as error:
+            warnings.warn(f"{path} could not be kept: {error}", stacklevel=2)
 
 
 # --- how it is measured ------------------------------------------------------------------------
