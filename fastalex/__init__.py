@@ -2,6 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from fastalex import _interpreter as _interpreter  # first: it refuses before torch is imported
+
+# isort: split
 from fastalex import models, ops, reference
 from fastalex._explain import explain
 from fastalex._memory import cached_bytes, empty_cache

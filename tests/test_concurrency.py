@@ -7,12 +7,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastalex import _tuning
 from tests.support.packaging import ROOT, run
 from tests.support.samples import SAMPLES, Sample, distinct
 
@@ -126,6 +128,78 @@ def test_forks_after_use(program: Callable[[], None]) -> None:
     assert result.code == 0, result.text
 
 
+_SUBINTERPRETER = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+import fastalex
+try:
+    told = interpreters.run_string(interpreters.create(), "import fastalex")
+except interpreters.RunFailedError as error:
+    told = error
+print(told)
+"""
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="named otherwise there")
+def test_a_subinterpreter_is_refused() -> None:
+    """Where torch would hang, before torch is imported."""
+    result = run([sys.executable, "-c", _SUBINTERPRETER], ROOT)
+    assert result.code == 0, result.text
+    assert "fastalex does not run in a subinterpreter, because torch does not" in result.text
+
+
+def test_free_threaded_python_takes_no_wheel() -> None:
+    """The tag of the wheel is among those that pip installs for Python 3.13, and not among the free-threaded ones."""
+    tags = pytest.importorskip("packaging.tags")
+
+    def taken(abi: str) -> bool:
+        wanted = tags.cpython_tags((3, 13), abis=[abi], platforms=["linux_x86_64"])
+        return any(str(tag) == "cp310-abi3-linux_x86_64" for tag in wanted)
+
+    assert taken("cp313")
+    assert not taken("cp313t")
+
+
+def test_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads call every operator, change thread counts, drop packed weights and write the tuning file together."""
+    monkeypatch.setenv("FASTALEX_CACHE_DIR", str(tmp_path))
+    _tuning.forget()
+    prepared = [(sample, tensors_of(sample)) for sample in SAMPLES.values()]
+    expected = [step(*call) for call in prepared]
+    barrier, threads = threading.Barrier(6), torch.get_num_threads()
+
+    def compute(index: int) -> None:
+        barrier.wait()
+        for turn in range(2 * len(prepared)):
+            at = (index + turn) % len(prepared)
+            assert_same(step(*prepared[at]), expected[at])
+
+    def disturb() -> None:
+        barrier.wait()
+        for turn in range(20):
+            torch.set_num_threads(1 + turn % 3)
+            for _, tensors in prepared:
+                torch.ops.fastalex_cpu.release_packed(tensors[-1].data_ptr())
+
+    def tune(index: int) -> None:
+        barrier.wait()
+        for count in range(1, 6):
+            _tuning.record("double", (torch.zeros(index, count),), _tuning.Choice("torch"))
+
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            work = [pool.submit(compute, index) for index in range(3)]
+            work += [pool.submit(disturb), pool.submit(tune, 1), pool.submit(tune, 2)]
+            for future in work:
+                future.result(timeout=240)
+    finally:
+        torch.set_num_threads(threads)
+    _tuning.forget()
+    assert len(_tuning.memory()) == 10
+
+
 @samples
 def test_out_of_memory_is_torchs_error_and_the_next_call_works(sample: Sample) -> None:
     first, *rest = (tensor.detach() for tensor in tensors_of(sample))
@@ -178,3 +252,37 @@ def test_memory_stays_flat_over_calls() -> None:
 @samples
 def test_memory_stays_flat_over_many_calls(sample: Sample) -> None:
     assert growth(sample.name, 5000, 100_000) < 1024 * 1024
+
+
+#: Calls under a limit on the process's memory that their working memory or result is beyond, then one within it.
+_SCARCE = """
+import resource, torch
+from fastalex import ops
+x, weight = torch.randn(2, 16, 60, 60), torch.randn(16, 16, 3, 3)
+expected = ops.conv2d_relu(x, weight)
+wide = torch.empty(1).expand(1, 3, 3, 2**22)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+calls = {
+    "result": lambda: ops.conv2d_relu(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), padding=2**13),
+    "scratch": lambda: ops.conv2d_relu(wide, torch.ones(1, 3, 3, 3), stride=(1, 2**19)),
+}
+for name, call in calls.items():
+    try:
+        call()
+        print(name, "fits")
+    except (RuntimeError, MemoryError) as error:
+        print(name, "|", error)
+assert torch.equal(ops.conv2d_relu(x, weight), expected)
+print("the next call works")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_working_memory_that_is_not_there_is_an_error_and_the_next_call_works() -> None:
+    result = run([sys.executable, "-c", _SCARCE], ROOT, OMP_NUM_THREADS="1")
+    assert result.code == 0, result.text
+    assert "result | fastalex: not enough memory for a result of" in result.text
+    assert "scratch | fastalex: not enough memory for" in result.text
+    assert "the next call works" in result.text
