@@ -212,3 +212,26 @@ def test_version_is_written_once():
     assert {path for path in texts if version in path.read_text()} == {project, changes}
     released = re.findall(r"^## (\S+)", changes.read_text(), re.MULTILINE)
     assert released[0] in (version, "Unreleased")
+
+
+_OFFLINE = """
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError(f"the network was asked for: {args}")
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+socket.getaddrinfo = socket.create_connection = refuse
+"""
+
+
+def test_nothing_asks_for_the_network():
+    """Neither the import, nor every operator, nor a network of its own."""
+    use = "fastalex.optimize(fastalex.models.alexnet('cifar10').eval(), torch.randn(1, 3, 32, 32))"
+    result = run([sys.executable, "-c", f"{_OFFLINE}{TOUR}\n{use}"], ROOT)
+    assert result.code == 0, result.text
+
+
+def test_dependencies_are_few_and_bounded():
+    """torch alone, from the version whose stable ABI the libraries use."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '\ndependencies = ["torch>=2.11"]\n' in project
