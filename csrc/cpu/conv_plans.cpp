@@ -17,7 +17,7 @@ namespace {
 // Plans by everything that decides them. They are small and quick to make; a program that meets
 // more shapes than this starts again.
 constexpr size_t kMaxPlans = 1024;
-using PlanKey = std::array<int64_t, 23>;
+using PlanKey = std::array<int64_t, 24>;
 std::mutex g_mutex;
 std::map<PlanKey, std::shared_ptr<const conv::Plan>> g_plans;
 // A child forked while another thread held the lock would wait for ever.
@@ -52,7 +52,8 @@ std::shared_ptr<const conv::Plan> plan_for(const conv::Problem& p, conv::Pass pa
                     p.dilation_height,
                     p.dilation_width,
                     p.relu,
-                    p.by_image};
+                    p.by_image,
+                    p.pairs};
   {
     const std::lock_guard lock(g_mutex);
     const auto found = g_plans.find(key);

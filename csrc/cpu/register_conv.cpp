@@ -91,6 +91,20 @@ WeightBytes bytes_of(const Tensor& weight) {
 
 }  // namespace
 
+namespace {
+
+bool pairs_fit(const Problem& problem) {
+  return problem.dtype == DType::kBFloat16 && problem.in_channels / problem.groups % 2 == 0;
+}
+
+// Every pixel begins where a pair of bfloat16 may be read as a float.
+bool pairs_lie_well(const Tensor& input) {
+  const auto s = input.strides();
+  return (s[0] | s[2] | s[3]) % 2 == 0 && reinterpret_cast<uintptr_t>(input.data_ptr()) % 4 == 0;
+}
+
+}  // namespace
+
 std::shared_ptr<const Plan> plan_of(const Problem& problem, Pass pass) {
   return plan_for(problem, pass,
                   static_cast<conv::Engine>(g_engine.load(std::memory_order_relaxed)),
@@ -98,7 +112,9 @@ std::shared_ptr<const Plan> plan_of(const Problem& problem, Pass pass) {
 }
 
 Problem conv_problem(const Tensor& input, const Tensor& weight, Numbers& numbers) {
-  return problem_of(input, weight, take_geometry(numbers));
+  Problem problem = problem_of(input, weight, take_geometry(numbers));
+  problem.pairs = pairs_fit(problem) && input.strides()[1] == 1 && pairs_lie_well(input);
+  return problem;
 }
 
 std::optional<Tensor> channel_row(const std::optional<Tensor>& row, const char* name,
@@ -363,7 +379,9 @@ std::string conv_plan(const Tensor& packed_numbers) {
   const Geometry geometry = take_geometry(numbers);
   const int64_t weight[] = {sizes[4], sizes[1] / std::max<int64_t>(geometry.groups, 1), sizes[5],
                             sizes[6]};
-  return plan_of(problem_of(dtype, sizes, weight, geometry), pass)->explain();
+  Problem problem = problem_of(dtype, sizes, weight, geometry);
+  problem.pairs = pairs_fit(problem);  // as channels-last inputs have it
+  return plan_of(problem, pass)->explain();
 }
 
 void set_conv_precision(int64_t level) { g_precision = static_cast<int>(level); }

@@ -61,6 +61,9 @@ struct Problem {
   // Results go to ForwardCall::sink image by image, for what follows (normalization, pooling) to
   // consume from cache. One worker makes an image: worthwhile from a batch of `threads` on.
   bool by_image = false;
+  // bfloat16 whose input's channels lie in adjacent, aligned pairs: direct sums then go by pairs,
+  // where the processor multiplies those.
+  bool pairs = false;
 
   int out_height() const {
     return (in_height + 2 * padding_height - dilation_height * (kernel_height - 1) - 1) /

@@ -104,6 +104,15 @@ std::vector<TermPass> term_passes(const Geometry& g, int limit, ptrdiff_t row_st
   return passes;
 }
 
+// The input as the part's geometry counts it: a pair of bfloat16 passes for a float, since nothing
+// but the products looks into it.
+DType element_type(const Part& part, DType dtype) { return part.pairs ? DType::kFloat32 : dtype; }
+
+ConstTensor elements(const Part& part, const ConstTensor& input) {
+  const Strides& s = input.strides;
+  return part.pairs ? ConstTensor{input.data, {s.n / 2, s.c, s.h / 2, s.w / 2}} : input;
+}
+
 class DirectRun {
  public:
   DirectRun(const ConvKernels& kernels, const Part& part, const Operands& operands)
@@ -112,8 +121,8 @@ class DirectRun {
         operands_(operands),
         geometry_(part.geometry),
         panels_{part.geometry.filters, kernels.lanes},
-        source_(kernels, part.geometry, part.fold, operands.dtype, operands.input, operands.mask,
-                operands.prologue),
+        source_(kernels, part.geometry, part.fold, element_type(part, operands.dtype),
+                elements(part, operands.input), operands.mask, operands.prologue),
         target_(kernels, part, operands),
         memory_(part, panels_, operands.scratch, operands.threads) {
     read_bias(panels_, geometry_.groups, operands.dtype, operands.bias, memory_.bias);
@@ -277,6 +286,7 @@ class DirectRun {
     call.accumulate = pass > 0;
     call.bias = last ? memory_.bias + padded_before : nullptr;
     call.relu = last && operands_.relu_in_kernel();
+    call.pairs = part_.pairs;
     kernels_.gemm(call);
   }
 

@@ -35,6 +35,9 @@ struct GemmCall {
   bool accumulate;
   const float* bias;  // null: none
   bool relu;
+  // Each float of A and B is two bfloat16 and each term their inner product; sums are floats. Only
+  // where the table says that it has_pairs.
+  bool pairs;
 };
 
 // C[columns][vectors * lanes], rows c_stride apart, (+)= A^T B with one term per pixel or tile:
@@ -184,9 +187,10 @@ struct DotCall {
 };
 
 struct ConvKernels {
-  int lanes;        // floats per vector
-  int max_rows;     // of one register block with two vectors
-  int dot_outputs;  // of one DotCall
+  int lanes;            // floats per vector
+  bool (*has_pairs)();  // whether this processor multiplies pairs of bfloat16
+  int max_rows;         // of one register block with two vectors
+  int dot_outputs;      // of one DotCall
   void (*gemm)(const GemmCall&);
   void (*outer)(const OuterCall&);
   void (*gather)(const GatherCall&);

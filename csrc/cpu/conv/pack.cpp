@@ -1,5 +1,7 @@
 // Weights into the order the kernels read them: by panel of filters, transformed for Winograd.
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <vector>
 
 #include "panels.h"
@@ -22,6 +24,13 @@ void read_taps(const Part& part, DType dtype, const ConstTensor& weight, int gro
       }
     }
   }
+}
+
+// Two floats as the bfloat16 they were made from, the first in the lower half.
+float join(float first, float second) {
+  const uint32_t bits =
+      std::bit_cast<uint32_t>(first) >> 16 | (std::bit_cast<uint32_t>(second) & 0xffff0000u);
+  return std::bit_cast<float>(bits);
 }
 
 }  // namespace
@@ -62,7 +71,7 @@ void pack_direct(const ConvKernels& kernels, const Part& part, DType dtype,
   const Panels panels{g.filters, kernels.lanes};
   const int taps = g.kernel_h * g.kernel_w;
   parallel_for(int64_t{g.groups} * panels.count(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> values(static_cast<size_t>(taps) * panels.width());
+    std::vector<float> values(static_cast<size_t>(taps) * panels.width()), others(values.size());
     for (int64_t job = begin; job < end; ++job) {
       const int panel = static_cast<int>(job % panels.count());
       const int group = static_cast<int>(job / panels.count());
@@ -70,8 +79,17 @@ void pack_direct(const ConvKernels& kernels, const Part& part, DType dtype,
       const int64_t filters_before = int64_t{group} * panels.padded() + panels.first(panel);
       float* out = packed + filters_before * taps * g.channels;
       for (int c = 0; c < g.channels; ++c) {
-        read_taps(part, dtype, weight, group, panels.first(panel), panels.valid(panel), c, width,
-                  values.data());
+        const auto read = [&](int channel, float* out) {
+          read_taps(part, dtype, weight, group, panels.first(panel), panels.valid(panel), channel,
+                    width, out);
+        };
+        if (part.pairs) {
+          read(2 * c, values.data());
+          read(2 * c + 1, others.data());
+          std::transform(values.begin(), values.end(), others.begin(), values.begin(), join);
+        } else {
+          read(c, values.data());
+        }
         for (int t = 0; t < taps; ++t) {
           std::copy_n(values.data() + t * width, width,
                       out + (int64_t{t} * g.channels + c) * width);

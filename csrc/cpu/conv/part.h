@@ -58,6 +58,7 @@ struct Part {
   size_t packed_offset = 0, packed_bytes = 0, scratch_bytes = 0;
   double predicted_seconds = 0;
   bool by_image = false;  // results go to a sink
+  bool pairs = false;     // a channel of the geometry is two of the caller's, in bfloat16
   // Serves tiles that hold NaN or infinity, when they are many.
   std::unique_ptr<Part> fallback;
 };

@@ -162,7 +162,7 @@ struct Request {
   int threads;
   Engine engine;
   int tile;
-  bool by_image;
+  bool by_image, pairs;
 };
 
 void finish(const Request& request, Part& part) {
@@ -200,6 +200,12 @@ void consider_winograd(const Request& request, const Part& base, Part& best) {
   }
 }
 
+// Sums of pairs in place of sums of channels.
+void pair_channels(Part& part) {
+  part.pairs = true;
+  part.geometry.channels /= 2;
+}
+
 // Decided as if for a fixed number of threads and a whole output: neither changes the results, or
 // which weights are packed.
 Part choose(const Request& actual, const Part& base) {
@@ -209,6 +215,7 @@ Part choose(const Request& actual, const Part& base) {
   request.by_image = false;
   Part best = unfolded(base);
   best.engine = Engine::kDirect;
+  if (request.pairs) pair_channels(best);
   finish(request, best);
   const bool allowed =
       request.precision != Precision::kHighest && request.engine != Engine::kDirect;
@@ -246,7 +253,8 @@ Plan::Plan(const ConvKernels& kernels, const Problem& problem, Pass pass, int th
                         threads_,
                         engine,
                         tile,
-                        problem.by_image && pass == Pass::kForward};
+                        problem.by_image && pass == Pass::kForward,
+                        problem.pairs && pass == Pass::kForward && kernels.has_pairs()};
   if (pass == Pass::kInputGradient) {
     for (int h = 0; h < std::min(problem.stride_height, problem.in_height); ++h) {
       for (int w = 0; w < std::min(problem.stride_width, problem.in_width); ++w) {
@@ -294,6 +302,7 @@ uint64_t Plan::packed_key() const {
     }
     mix(part.engine == Engine::kWinograd ? part.winograd.kernels->big : 0);
     mix(part.fold.factor);
+    mix(part.pairs);
   }
   return key;
 }
@@ -315,7 +324,7 @@ std::string Plan::explain() const {
   char line[256];
   for (const Part& part : parts_) {
     const Geometry& g = part.geometry;
-    const double gflop = g.flops() * 1e-9;
+    const double gflop = (part.pairs ? 2 : 1) * g.flops() * 1e-9;
     if (part.engine == Engine::kWinograd) {
       const WinogradChoice& w = part.winograd;
       const int big = w.kernels->big;
@@ -327,9 +336,9 @@ std::string Plan::explain() const {
                     w.schedule == Schedule::kPrivate ? "private" : "shared",
                     static_cast<long long>(w.images_per_block), w.rows_per_block);
     } else {
-      std::snprintf(line, sizeof(line), "direct, bands of %d rows, %d terms a pass, %d splits; ",
-                    part.direct.rows_per_band, part.direct.terms_per_pass,
-                    part.direct.filter_splits);
+      std::snprintf(line, sizeof(line), "direct%s, bands of %d rows, %d terms a pass, %d splits; ",
+                    part.pairs ? " by pairs of bfloat16" : "", part.direct.rows_per_band,
+                    part.direct.terms_per_pass, part.direct.filter_splits);
     }
     text += line;
     std::snprintf(line, sizeof(line),

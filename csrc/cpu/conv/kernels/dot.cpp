@@ -8,6 +8,7 @@
 
 #include "../../vec.h"
 #include "inline.h"
+#include "pairs.h"
 #include "transpose.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
@@ -29,8 +30,7 @@ struct Widening {
 };
 
 #if defined(__AVX512F__)
-// Pairs of bfloat16 multiplied and added in one instruction, where the CPU has it. It is spelt in
-// assembly because this file is compiled for every AVX-512 machine.
+// Pairs of bfloat16 multiplied and added in one instruction, where the CPU has it.
 struct Pairing {
   using Element = bfloat16;
   using Operand = __m512i;
@@ -40,14 +40,9 @@ struct Pairing {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
   }
   FASTALEX_INLINE static void add(F32& sum, __m512i a, __m512i b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    sum = add_pair_products(sum, (F32)a, (F32)b);
   }
 };
-
-bool has_bfloat16_products() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-}
 #endif
 
 template <class Arithmetic, int kRows>
@@ -113,7 +108,7 @@ void dot(const DotCall& call) {
   switch (call.dtype) {
     case DType::kBFloat16:
 #if defined(__AVX512F__)
-      if (has_bfloat16_products()) return multiply_rows<Pairing>(call);
+      if (has_pairs()) return multiply_rows<Pairing>(call);
 #endif
       return multiply_rows<Widening<bfloat16>>(call);
     case DType::kFloat16:

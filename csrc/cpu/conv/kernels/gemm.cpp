@@ -6,6 +6,7 @@
 
 #include "../../vec.h"
 #include "inline.h"
+#include "pairs.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
 namespace {
@@ -30,10 +31,20 @@ struct RuntimeStride {
   operator ptrdiff_t() const { return value; }
 };
 
+// What a term of the inner product is: a product, or the sum of a pair's.
+struct Single {
+  FASTALEX_INLINE static F32 add(F32 sum, F32 a, F32 b) { return fused_multiply_add(a, b, sum); }
+};
+#if defined(__AVX512F__)
+struct Pair {
+  FASTALEX_INLINE static F32 add(F32 sum, F32 a, F32 b) { return add_pair_products(sum, a, b); }
+};
+#endif
+
 // Rows are addressed in threes from one pointer each (base + {0, 1, 2} * stride): few registers.
 inline constexpr int kRowsPerPointer = 3;
 
-template <int kRows, int kVectors, class Stride>
+template <class Term, int kRows, int kVectors, class Stride>
 FASTALEX_INLINE void multiply_segment(F32 (&sums)[kRows][kVectors], const float* a, Stride stride,
                                       int terms, const float* b) {
   const float* groups[(kRows + kRowsPerPointer - 1) / kRowsPerPointer];
@@ -51,7 +62,7 @@ FASTALEX_INLINE void multiply_segment(F32 (&sums)[kRows][kVectors], const float*
       const F32 value = splat(groups[i / kRowsPerPointer] + (i % kRowsPerPointer) * stride + t);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        sums[i][v] = fused_multiply_add(value, row[v], sums[i][v]);
+        sums[i][v] = Term::add(sums[i][v], value, row[v]);
       }
     }
   }
@@ -64,7 +75,7 @@ FASTALEX_INLINE void prefetch_rows(const float* rows) {
   for (int i = 0; i < kRows; ++i) __builtin_prefetch(rows + i * kBlock);
 }
 
-template <int kRows, int kVectors, class Stride>
+template <class Term, int kRows, int kVectors, class Stride>
 void multiply_block(const GemmCall& call, const float* a, float* c) {
   const Stride stride{call.row_stride};
   F32 sums[kRows][kVectors];
@@ -79,9 +90,9 @@ void multiply_block(const GemmCall& call, const float* a, float* c) {
     if constexpr (Stride::kBlocked) prefetch_rows<kRows>(a + segment.offset + kRows * kBlock);
     if (Stride::kBlocked && segment.length == kBlock) {
       // A trip count the compiler knows: no remainder to test for.
-      multiply_segment<kRows, kVectors>(sums, a + segment.offset, stride, kBlock, b);
+      multiply_segment<Term, kRows, kVectors>(sums, a + segment.offset, stride, kBlock, b);
     } else {
-      multiply_segment<kRows, kVectors>(sums, a + segment.offset, stride, segment.length, b);
+      multiply_segment<Term, kRows, kVectors>(sums, a + segment.offset, stride, segment.length, b);
     }
     b += static_cast<ptrdiff_t>(segment.length) * kVectors * kLane;
   }
@@ -101,15 +112,16 @@ void multiply_block(const GemmCall& call, const float* a, float* c) {
 
 using BlockKernel = void (*)(const GemmCall&, const float* a, float* c);
 
-template <int kVectors, class Stride, int... kRows>
+template <class Term, int kVectors, class Stride, int... kRows>
 constexpr auto block_kernels(std::integer_sequence<int, kRows...>) {
-  return std::array<BlockKernel, sizeof...(kRows)>{multiply_block<kRows + 1, kVectors, Stride>...};
+  return std::array<BlockKernel, sizeof...(kRows)>{
+      multiply_block<Term, kRows + 1, kVectors, Stride>...};
 }
 
-template <int kVectors, class Stride>
+template <class Term, int kVectors, class Stride>
 void multiply_rows(const GemmCall& call) {
   static constexpr auto kernels =
-      block_kernels<kVectors, Stride>(std::make_integer_sequence<int, kMaxRows>{});
+      block_kernels<Term, kVectors, Stride>(std::make_integer_sequence<int, kMaxRows>{});
   const int64_t blocks = (call.rows + kMaxRows - 1) / kMaxRows;
   const float* a = call.a;
   float* c = call.c;
@@ -187,11 +199,19 @@ void outer_columns(const OuterCall& call) {
 }  // namespace
 
 void gemm(const GemmCall& call) {
+#if defined(__AVX512F__)
+  if (call.pairs) {
+    return call.vectors == 2 ? multiply_rows<Pair, 2, RuntimeStride>(call)
+                             : multiply_rows<Pair, 1, RuntimeStride>(call);
+  }
+#endif
   const bool blocked = call.row_stride == kBlock;
   if (call.vectors == 2) {
-    blocked ? multiply_rows<2, FixedStride<kBlock>>(call) : multiply_rows<2, RuntimeStride>(call);
+    blocked ? multiply_rows<Single, 2, FixedStride<kBlock>>(call)
+            : multiply_rows<Single, 2, RuntimeStride>(call);
   } else {
-    blocked ? multiply_rows<1, FixedStride<kBlock>>(call) : multiply_rows<1, RuntimeStride>(call);
+    blocked ? multiply_rows<Single, 1, FixedStride<kBlock>>(call)
+            : multiply_rows<Single, 1, RuntimeStride>(call);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "copy.h"
 #include "dot.h"
 #include "gemm.h"
+#include "pairs.h"
 #include "winograd_rows.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
@@ -29,6 +30,7 @@ const conv::WinogradKernels* winograd(int taps, int big) {
 const conv::ConvKernels& conv_kernels() {
   static constexpr conv::ConvKernels kernels{
       .lanes = kLanes<float>,
+      .has_pairs = has_pairs,
       .max_rows = kMaxRows,
       .dot_outputs = kDotOutputs,
       .gemm = gemm,
