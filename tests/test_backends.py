@@ -321,6 +321,7 @@ def test_the_symbol_check_sees_strangers(symbol, inside):
     assert is_of("avx2", symbol) is inside
 
 
-def test_a_library_older_than_the_sources_is_named_with_its_remedy():
-    with pytest.raises(ImportError, match=r"no operator 'from_tomorrow'.*make build"):
-        _cpu.native("from_tomorrow")
+def test_a_library_older_than_the_sources_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(_native, "error", None)
+    _cpu.native("from_tomorrow")
+    assert re.search(r"no operator 'from_tomorrow'.*make build", str(_native.error))
