@@ -12,6 +12,7 @@ from torch import nn
 import fastalex
 from fastalex import models
 from fastalex._optimize import steps
+from fastalex.ops import _cpu_conv
 from tests.support import optimized
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -62,3 +63,25 @@ def test_a_program_of_such_a_network_survives_a_copy():
     x = torch.randn(1, 3, 227, 227, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(fast)(x), stock(x), **optimized.EXACT)
+
+
+@pytest.mark.parametrize(("channels", "groups", "ours"), [(16, 16, 0), (16, 4, 0), (32, 2, 1)])
+def test_narrow_groups_stay_with_torch(monkeypatch, channels, groups, ours):
+    """The engine takes up to 30 times torch's time for a depthwise convolution."""
+    calls: list[object] = []
+    run = _cpu_conv.inference
+    monkeypatch.setattr(_cpu_conv, "inference", lambda *args: calls.append(args) or run(*args))
+    layers = (nn.Conv2d(channels, channels, 3, groups=groups), nn.BatchNorm2d(channels), nn.ReLU())
+    stock = optimized.with_statistics(nn.Sequential(*layers).eval())
+    fast = copy.deepcopy(stock)
+    assert fastalex.optimize(fast).replaced[0].step == "convolution"
+    x = torch.randn(2, channels, 9, 9)
+    with torch.no_grad():
+        expected, actual = stock(x), fast(x)
+    assert len(calls) == ours
+    # One convolution, within the precision "high".
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    for model in (stock, fast):
+        model(x).square().sum().backward()
+    for a, b in zip(stock.parameters(), fast.parameters(), strict=True):
+        assert (b.grad - a.grad).norm() <= 1e-4 * a.grad.norm().clamp(min=1)

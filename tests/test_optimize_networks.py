@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from torchvision import models
 
 import fastalex
+from benchmarks import bench_zoo
+from fastalex.models import alexnet
 from tests.support import optimized
 
 
@@ -47,12 +50,11 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "stochastic depth": (lambda: models.efficientnet_b0().features[:3].append(nn.Flatten()), 32),
 }  # fmt: skip
-FULL = {
-    **dict.fromkeys(("alexnet", "vgg11", "vgg16", "vgg19", "vgg11_bn", "vgg16_bn", "vgg19_bn"), 224),
-    **dict.fromkeys(("googlenet", "resnet18", "resnet50", "resnet152", "wide_resnet50_2"), 224),
-    **dict.fromkeys(("resnext50_32x4d", "densenet121", "squeezenet1_0", "squeezenet1_1"), 224),
-    **dict.fromkeys(("efficientnet_b0", "swin_t", "shufflenet_v2_x1_0", "mobilenet_v2"), 224),
-}  # fmt: skip
+TORCHVISION = (
+    "alexnet", "vgg11", "vgg16", "vgg19", "vgg11_bn", "vgg16_bn", "vgg19_bn", "googlenet", "resnet18", "resnet50",
+    "resnet152", "wide_resnet50_2", "resnext50_32x4d", "densenet121", "squeezenet1_0", "squeezenet1_1",
+    "efficientnet_b0", "swin_t", "shufflenet_v2_x1_0", "mobilenet_v2",
+)  # fmt: skip
 
 
 def build(name: str) -> nn.Module:
@@ -60,7 +62,15 @@ def build(name: str) -> nn.Module:
     return models.get_model(name, weights=None, **options)
 
 
-def compare(model: nn.Module, side: int, trains: bool = True) -> None:
+#: Whole networks, torchvision's and fastalex's own in their stock form, and the side of their images.
+FULL: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: (functools.partial(build, name), 224) for name in TORCHVISION},
+    **bench_zoo.FAMILY,
+    "torchvision preset": (functools.partial(alexnet, "torchvision", fused=False), 224),
+}
+
+
+def compare(model: nn.Module, side: int) -> None:
     """Eval in float64 and float32, and one training step in float64."""
     stock = optimized.with_statistics(model.eval())
     fast = copy.deepcopy(stock)
@@ -76,8 +86,7 @@ def compare(model: nn.Module, side: int, trains: bool = True) -> None:
     scale = oracle.norm()
     allowed = 2 * (plain.double() - oracle).norm() + layers * 1e-5 * scale
     assert (ours.double() - oracle).norm() <= allowed
-    if trains:
-        step(stock, fast, x.double())
+    step(stock, fast, x.double())
     report.restore()
     assert [type(m) for m in fast.modules()] == [type(m) for m in stock.modules()]
 
@@ -110,7 +119,8 @@ def test_small_networks(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_networks(name):
-    compare(build(name), FULL[name], trains="152" not in name)
+    make, side = FULL[name]
+    compare(make(), side)
 
 
 def test_every_convolution_of_a_network_is_accounted_for():
