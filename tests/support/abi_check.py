@@ -38,7 +38,7 @@ def smoke(python: str, torch: str, folder: Path) -> bool:
     shutil.copytree(ROOT / "tests", folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)
     files = [f"tests/{name}.py" for name in SMOKE]
-    command = [python, "-m", "pytest", "-q", "-m", "not slow and not gpu", *files]
+    command = [python, "-m", "pytest", "-m", "not slow and not gpu", *files]
     done = run(command, folder)
     summary = done.text.strip().splitlines()[-1]
     print(
