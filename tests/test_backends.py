@@ -56,6 +56,18 @@ def test_explain_says_what_runs(capsys, name):
     assert list(told)[1:] == [kernel.backend for kernel in REGISTRY[name].kernels.kernels]
 
 
+def test_torch_takes_narrow_groups_unless_the_engine_is_forced(capsys):
+    """A depthwise convolution takes the engine up to 30 times torch's time."""
+    call = ("conv_relu", X, torch.zeros(8, 1, 3, 3), None, 1, 0, 1, 8)
+    told = explained(capsys, *call)
+    assert told[""] == "conv_relu: runs on torch"
+    assert told["cpu"] == (
+        "no: torch is faster in groups of 8 channels or fewer; use_backend('cpu') insists"
+    )
+    with use_backend("cpu"):
+        assert explained(capsys, *call)[""] == "conv_relu: runs on cpu (forced)"
+
+
 def test_explain_tells_who_else_could(capsys):
     assert explained(capsys, "lrn", X, 5)["torch"] == "able, not needed"
     assert explained(capsys, "conv_relu", *WIDE)["torch"] == "able, not needed"

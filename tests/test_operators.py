@@ -151,7 +151,7 @@ def test_fakes_tell_the_layout(name, backend, layout):
     positional = sample.positional
     x = MORE_LAYOUTS[layout](x)
     if "conv_relu" in name:  # kernels and windows of one fit every size
-        rest = [distinct((4, x.shape[1], 1, 1), torch.float32), *rest[1:]]
+        rest = [distinct((rest[0].shape[0], x.shape[1], 1, 1), torch.float32), *rest[1:]]
         positional = (*positional[:3], 1, *positional[4:])
         if name in COMPOSED:
             positional = (*positional[:-4], (1, 1), (1, 1), (0, 0), False)

@@ -130,14 +130,6 @@ def _on_engine(input: Tensor, *tensors: Tensor | None) -> bool:
     )
 
 
-def _thin(conv: nn.Conv2d) -> bool:
-    """Whether groups are so narrow, as in depthwise convolutions, that torch's kernels are the faster ones.
-
-    Measured: 16 to 30 times at one channel a group, twice at 4, as fast at 8.
-    """
-    return conv.groups > 1 and conv.in_channels // conv.groups <= 8
-
-
 def _convolve(
     input: Tensor,
     conv: nn.Conv2d,
@@ -155,21 +147,18 @@ def _convolve(
     # The engine adds while its sums are in cache; what is broadcast is added after.
     added = other if other is not None and _addable(other, input, weight, *geometry) else None
     apart = other is not None and added is None
-    thin = _thin(conv)
-    if not (thin or isinstance(padding, str)) and _on_engine(input, weight, gain, bias):
+    if not isinstance(padding, str) and _on_engine(input, weight, gain, bias):
         rectifies = relu is not None and not apart
-        if _cpu_conv.refuse(input, weight, bias, *geometry) is None:
+        if _cpu_conv.refuse(input, weight, bias, *geometry, conv.groups) is None:
             arguments: Any = (input, weight, gain, bias, *geometry, conv.groups, rectifies, added)
             output = _cpu_conv.inference(*arguments)
             return _finish(output, relu, other) if apart else output
     if gain is not None:
         weight = scaled(weight, gain)
     rectified = relu is not None and other is None
-    function: Any = ops.conv2d_relu if rectified and not thin else F.conv2d
+    function: Any = ops.conv2d_relu if rectified else F.conv2d
     output = function(input, weight, bias, *geometry, conv.groups)
-    if rectified:
-        return _rectify_own(output) if thin else output
-    return output if other is None else _finish(output, relu, other)
+    return output if rectified or other is None else _finish(output, relu, other)
 
 
 def _addable(
@@ -214,7 +203,6 @@ def _convolve_normalized(
     """The above in one call of the engine, or None where that may not be."""
     if not (
         _plain(conv, nn.Conv2d)
-        and not _thin(conv)
         and _dense_weight(conv)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
@@ -230,7 +218,7 @@ def _convolve_normalized(
     if not all(_on_engine(input, conv.weight, gain, shift, scale, bias) for input in inputs):
         return None
     geometry: Any = (conv.stride, conv.padding, conv.dilation)
-    if _cpu_conv.refuse(inputs[0], conv.weight, bias, *geometry) is not None:
+    if _cpu_conv.refuse(inputs[0], conv.weight, bias, *geometry, conv.groups) is not None:
         return None
     before = (gain, shift, relu is not None)
     arguments: Any = (conv.weight, scale, bias, *geometry, conv.groups, after_relu is not None)
@@ -317,7 +305,6 @@ def convolution_max_pool(
         not (plain and _dense_weight(conv) and _real(input))
         or not (norm is None or _plain_lrn(norm))
         or conv.padding_mode != "zeros"
-        or _thin(conv)
         or input.dim() != 4
         or pool.return_indices
         or pool.dilation not in (1, (1, 1))

@@ -120,9 +120,9 @@ SAMPLES = {
             "conv_relu",
             ops.conv2d_relu,
             stock_conv_relu,
-            lambda: ops.Conv2dReLU(4, 4, 3, padding=1, groups=2),
-            lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU()),
-            ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
+            lambda: ops.Conv2dReLU(18, 2, (2, 3), padding=1, groups=2),
+            lambda: nn.Sequential(nn.Conv2d(18, 2, (2, 3), padding=1, groups=2), nn.ReLU()),
+            ((2, 18, 2, 3), (2, 9, 2, 3), (2,)),
             {"padding": 1, "groups": 2},
             ((1, 1), (1, 1), (1, 1), 2),
         ),
@@ -131,12 +131,12 @@ SAMPLES = {
             ops.conv2d_relu_max_pool2d,
             stock_conv_relu_max_pool,
             lambda: ops.FusedSequential(
-                ops.Conv2dReLU(4, 4, 3, padding=1, groups=2), ops.MaxPool2d(2, 1)
+                ops.Conv2dReLU(18, 2, (2, 3), padding=1, groups=2), ops.MaxPool2d(2, 1)
             ),
             lambda: nn.Sequential(
-                nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(2, 1)
+                nn.Conv2d(18, 2, (2, 3), padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(2, 1)
             ),
-            ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
+            ((2, 18, 2, 3), (2, 9, 2, 3), (2,)),
             {"padding": 1, "groups": 2, "pool_size": 2, "pool_stride": 1},
             ((1, 1), (1, 1), (1, 1), 2, (2, 2), (1, 1), (0, 0), False),
         ),
@@ -145,16 +145,16 @@ SAMPLES = {
             ops.conv2d_relu_lrn_max_pool2d,
             stock_conv_relu_lrn_max_pool,
             lambda: ops.FusedSequential(
-                ops.Conv2dReLU(4, 4, 3, padding=1, groups=2),
+                ops.Conv2dReLU(18, 2, (2, 3), padding=1, groups=2),
                 ops.LRNMaxPool2d(**_LRN, kernel_size=2, stride=1),
             ),
             lambda: nn.Sequential(
-                nn.Conv2d(4, 4, 3, padding=1, groups=2),
+                nn.Conv2d(18, 2, (2, 3), padding=1, groups=2),
                 nn.ReLU(),
                 nn.LocalResponseNorm(**_LRN),
                 nn.MaxPool2d(2, 1),
             ),
-            ((2, 4, 3, 4), (4, 2, 3, 3), (4,)),
+            ((2, 18, 2, 3), (2, 9, 2, 3), (2,)),
             {"padding": 1, "groups": 2, **_LRN, "pool_size": 2, "pool_stride": 1},
             (
                 *((1, 1), (1, 1), (1, 1), 2, 3, _SCALE, 0.75, 2.0, 1),
