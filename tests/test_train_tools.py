@@ -100,7 +100,7 @@ def test_the_evaluate_command_prints_a_row_each_and_the_ensemble(runs, capsys):
     paths = [str(runs / "one" / "best.pt"), str(runs / "two")]
     assert main(["evaluate", "--checkpoints", *paths, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [paths[0], f"{paths[1]}/best.pt", "ensemble"]
+    assert [line.split()[0] for line in lines[1:]] == [paths[0], f"{paths[1]}/last.pt", "ensemble"]
     assert main(["evaluate", "--checkpoints", str(runs / "none.pt")]) == 1
     assert "there is no checkpoint" in capsys.readouterr().err
 

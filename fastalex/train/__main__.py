@@ -119,21 +119,20 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 
 def finish(trainer: Trainer, steps: int) -> None:
-    """Trains to the end, scores the best epoch, and writes the report."""
+    """Trains to the end, scores the last epoch as the paper did, and writes the report."""
     from fastalex.train import report
     from fastalex.train.compare import compare
 
     if trainer.options.tensorboard and trainer.rank == 0:
         trainer.listeners.append(_tensorboard(trainer))
     trainer.fit()
-    trainer.take_best()
     scores = trainer.score(trainer.data.test)
     if trainer.rank != 0:
         return
     say = trainer.screen.say
     say(
         f"test accuracy {scores.accuracy:.2%} on {scores.images} images, top-5 error "
-        f"{scores.top5_error:.2%} (best epoch {trainer.progress.best_epoch + 1})"
+        f"{scores.top5_error:.2%} (last of {trainer.progress.epoch} epochs)"
     )
     comparison = None
     if steps:
@@ -184,7 +183,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(path: Path) -> Path:
-    return path / checkpoint.BEST if path.is_dir() else path
+    return path / checkpoint.LAST if path.is_dir() else path
 
 
 def sweep(arguments: argparse.Namespace) -> None:

@@ -75,7 +75,6 @@ def _run(
     trainer = Trainer(model, data, chosen, where, screen=Screen(quiet=True))
     trainer.resume()  # a table that was interrupted goes on
     trainer.fit()
-    trainer.take_best()
     scores = trainer.score(data.test)
     return {
         "seed": seed,

@@ -51,7 +51,7 @@ def evaluate(
     """Scores checkpoints of one data set, which may differ in seed, network, width or dropout.
 
     Args:
-        paths: checkpoints, or folders of runs, of which the best epoch is taken.
+        paths: checkpoints, or folders of runs, of which the last epoch is taken.
         ten_views: four corners, the centre and their mirror images, their softmaxes averaged; else the centre alone.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         root: where the data set is now, if it has moved.
@@ -66,7 +66,7 @@ def evaluate(
     classes: list[str] | None = None
     single: dict[str, Scores] = {}
     for path in paths:
-        file = Path(path) / checkpoint.BEST if Path(path).is_dir() else Path(path)
+        file = Path(path) / checkpoint.LAST if Path(path).is_dir() else Path(path)
         model, pipeline, options = restore(file, place)
         if root is not None:
             options = dataclasses.replace(options, root=root)

@@ -71,8 +71,8 @@ def page(
         f"# {trainer.options.preset} on {trainer.options.data}",
         "",
         f"Test accuracy {scores.accuracy:.2%} (top-5 error {scores.top5_error:.2%}) on {scores.images} images, "
-        f"with the weights of epoch {trainer.progress.best_epoch + 1} of {len(trainer.history)}, the one with the "
-        "lowest validation loss; centre view.",
+        f"with the weights of the last of {len(trainer.history)} epochs; centre view. The lowest validation loss was "
+        f"epoch {trainer.progress.best_epoch + 1}'s, and `best.pt` has its weights.",
         f"Data: {trainer.data.note}. Unreadable training images: {len(trainer.progress.unreadable)}.",
         "",
     ]

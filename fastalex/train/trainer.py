@@ -129,10 +129,6 @@ class Trainer:
                         asked = time.perf_counter()
                 self._end_epoch(progress.seen - before, time.perf_counter() - began, waited)
 
-    def take_best(self) -> None:
-        """Puts the weights of the best epoch into the model."""
-        self._load_weights(checkpoint.load(self.folder / checkpoint.BEST, self.device)["model"])
-
     def _shard(self) -> tuple[int, int]:
         """Which images of every batch are this process's: (rank, of how many)."""
         if self.spread is None or not self.spread.own_images:
