@@ -80,14 +80,23 @@ def cache_file() -> Path:
     return _cache.folder() / "tuning.json"
 
 
+def sources() -> list[Path]:
+    """What the kernels are made of: Python, CUDA sources, and the libraries built of them."""
+    package = Path(__file__).parent
+    installed = (package / "kernels").exists()  # else in a checkout, beside the package
+    python = [package] if installed else [package, package.parent / "kernels"]
+    files = [path for folder in python for path in folder.rglob("*.py")]
+    cuda = importlib.import_module("fastalex._cupy").kernel_folder()
+    files += [path for path in cuda.rglob("*.*") if path.is_file()]
+    return sorted({*files, *package.glob("_cuda*.so")})
+
+
 @functools.cache
 def environment(device: torch.device) -> str:
     """What an answer depends on beside the call: device, torch, compiler, the package's source."""
-    package = Path(__file__).parent
     digest = hashlib.sha256()
-    for folder in (package, package.parent / "kernels", package / "kernels"):
-        for source in sorted(folder.rglob("*.py")):
-            digest.update(source.read_bytes())
+    for path in sources():
+        digest.update(path.name.encode() + path.read_bytes())
     real = device.type == "cuda" and torch.cuda.is_available()  # a fake tensor needs no GPU
     name = torch.cuda.get_device_name(device) if real else device.type
     found = importlib.util.find_spec("triton")

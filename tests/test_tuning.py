@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fastalex.kernels._configs import ConvTile, Launch
 from torch import nn
 
 import fastalex
-from fastalex import _tuning, ops
+from fastalex import _cupy, _tuning, ops
 from fastalex._explain import explanation
 from fastalex._tuning import Choice
 from fastalex.backends import KernelTable
@@ -157,6 +158,37 @@ def test_offsets_are_judged_by_what_they_point_at(op):
     assert judge.refusal((y, offsets)) is None
     offsets[0, 0, 2, 2] = (offsets[0, 0, 2, 2] + 1) % 9
     assert "off by" in judge.refusal((y, offsets))
+
+
+@pytest.mark.parametrize(
+    "changed", ["conv_choice.h", "lrn.cuh", "conv_relu.cu", "planner/planner.cpp"]
+)
+def test_a_choice_is_forgotten_when_a_cuda_source_changes(changed, tmp_path_factory, monkeypatch):
+    """Which no Python file shows: tiles, kernels, launchers and the planner."""
+    folder = tmp_path_factory.mktemp("sources") / "cuda"
+    shutil.copytree(_cupy.kernel_folder(), folder)
+    monkeypatch.setattr(_cupy, "kernel_folder", lambda: folder)
+
+    def new_process():
+        _tuning.environment.cache_clear()
+        _tuning.forget()
+
+    new_process()
+    _tuning.record("double", (X,), ANSWER)
+    new_process()
+    assert _tuning.recorded("double", (X,)) == ANSWER
+    (folder / changed).write_text((folder / changed).read_text() + "// changed")
+    new_process()
+    assert _tuning.recorded("double", (X,)) is None
+    monkeypatch.undo()
+    _tuning.environment.cache_clear()
+
+
+def test_what_is_hashed_holds_every_backend_and_nothing_of_others():
+    names = {path.name for path in _tuning.sources()}
+    assert {"_tuning.py", "_configs.py", "conv_math.cuh", "conv_plan.h"} <= names
+    assert [name for name in names if name.startswith("_cuda_plan.")]  # what was built, too
+    assert not [name for name in names if name.startswith("_cpu.") and name.endswith(".so")]
 
 
 # --- the file --------------------------------------------------------------------------------------
