@@ -286,15 +286,6 @@ def test_the_compilers_words_reach_the_user():
         _cupy.compile_kernels(["no_such<float>"], *_cupy.options_for(90))
 
 
-# {kernel: nvcc's registers, NVRTC's}. The front ends write addresses differently, and ptxas then settles elsewhere; the
-# two blocks an SM that launch bounds ask for fit all.
-APART = {
-    "conv_relu<Tf32Math, ConvTile<128, 64, 64, 32, 4, 2>, GatherCopier, 16>": (148, 168),
-    "conv_weight_grad<Tf32Math, WeightTile<float, 128, 64, 64, 32, 3>, false>": (128, 168),
-    "conv_weight_grad<Tf32Math, WeightTile<float, 128, 64, 64, 32, 3>, true>": (128, 168),
-}
-
-
 @pytest.mark.slow
 @needs_cupy
 @pytest.mark.skipif(
@@ -310,4 +301,4 @@ def test_every_kernel_compiles_with_nvrtc_and_uses_nvcc_s_registers():
             assert row["stack"] == 0 or re.search("direct|<.*, 0", name), name
             if abs(row["registers"] - expected[name]["registers"]) > 10:
                 apart[name] = expected[name]["registers"], row["registers"]
-    assert apart == APART
+    assert not apart

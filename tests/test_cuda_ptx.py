@@ -41,6 +41,11 @@ extern "C" __global__ void probe_columns(unsigned row, unsigned* out) {
   ldmatrix_x4_trans(r, row);
   for (int i = 0; i < 4; i++) out[8 + i] = r[i];
 }
+extern "C" __global__ void probe_word(unsigned a, unsigned* out) { out[8] = load_shared<unsigned>(a); }
+extern "C" __global__ void probe_words(unsigned a, unsigned* out) {
+  const uint4 w = load_shared<uint4>(a);
+  out[8] = w.x, out[9] = w.y, out[10] = w.z, out[11] = w.w;
+}
 extern "C" __global__ void probe_copy(unsigned s, const char* g, int n) {
   cp_async<16>(s, g, n);
   cp_async<8>(s + 16, g, n);
@@ -128,6 +133,14 @@ def test_mma(bodies, name):
 def test_ldmatrix(bodies, name, kind):
     (d,) = operands(bodies[name], f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16")
     assert [stored(bodies[name])[r] for r in d] == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("probe_word", ""), ("probe_words", ".v4")])
+def test_loads_from_shared_addresses(bodies, name, kind):
+    match = re.search(rf"ld\.shared{kind}\.b32 (.*?), \[(%\w+)\];", bodies[name])
+    words = re.findall(r"%\w+", match[1])
+    assert [stored(bodies[name])[r] for r in words] == list(range(8, 8 + len(words)))
+    assert re.search(rf"ld\.param\.u32\s+{match[2]}, \[\w+_param_0\];", bodies[name])
 
 
 @pytest.mark.parametrize("columns", [128, 192])

@@ -91,7 +91,7 @@ union TapWord {
 };
 __device__ __forceinline__ Tap load_tap(const Tap* table) {
   TapWord loaded;
-  loaded.word = load_shared(reinterpret_cast<const uint4*>(table));
+  loaded.word = load_shared<uint4>(shared_address(table));
   return loaded.tap;
 }
 __device__ __forceinline__ void store_tap(Tap* table, const Tap& tap) {

@@ -136,8 +136,8 @@ struct WeightFragments {
 
   __device__ __forceinline__ void load(const char* stage, int first, int warp_m, int warp_n) {
     const int lane = threadIdx.x % 32;
+    const SharedAddress base = shared_address(stage);
     if constexpr (sizeof(T) == 2) {
-      const SharedAddress base = shared_address(stage);
       const int pixel_a = first + lane % 8 + lane / 16 * 8, pixel_b = first + lane % 16;
 #pragma unroll
       for (int m = 0; m < M; m++)
@@ -151,16 +151,16 @@ struct WeightFragments {
       for (int m = 0; m < M; m++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          a[m][e] = load_shared(reinterpret_cast<const unsigned*>(
-              stage + Tile::left(first + lane % 4 + e / 2 * 4,
-                                 (warp_m + m * 16 + lane / 4 + e % 2 * 8) * 4)));
+          a[m][e] = load_shared<unsigned>(base +
+                                          Tile::left(first + lane % 4 + e / 2 * 4,
+                                                     (warp_m + m * 16 + lane / 4 + e % 2 * 8) * 4));
 #pragma unroll
       for (int n = 0; n < N / 2; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          b[n][e] = load_shared(reinterpret_cast<const unsigned*>(
-              stage + Tile::right(first + lane % 4 + e % 2 * 4,
-                                  (warp_n + n * 16 + lane / 4 + e / 2 * 8) * 4)));
+          b[n][e] = load_shared<unsigned>(
+              base + Tile::right(first + lane % 4 + e % 2 * 4,
+                                 (warp_n + n * 16 + lane / 4 + e / 2 * 8) * 4));
     }
 #pragma unroll
     for (int m = 0; m < M; m++) Math::prepare(a[m]);

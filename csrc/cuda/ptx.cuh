@@ -37,6 +37,25 @@ __device__ __forceinline__ void store_shared(Word* pointer, Word word) {
   *pointer = word;
 }
 
+// From an address of 32 bits. To a pointer NVRTC adds in 64, where nvcc does not, in registers that
+// main loops need.
+template <class Word>
+__device__ __forceinline__ Word load_shared(SharedAddress address);
+template <>
+__device__ __forceinline__ unsigned load_shared<unsigned>(SharedAddress address) {
+  unsigned word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+template <>
+__device__ __forceinline__ uint4 load_shared<uint4>(SharedAddress address) {
+  uint4 word;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "r"(address));
+  return word;
+}
+
 // s^-1/2 within 2 ulp and x^1/2 within 1 ulp, as one instruction each: zeros, infinities and
 // denormals included.
 __device__ __forceinline__ float inverse_root(float x) {

@@ -95,7 +95,7 @@ late | the same |
 above | `test_cuda_mutants.py` |
 | machine code | spills, lost tensor instructions, occupancy, code growth | `test_cuda_ledger.py`, \
 `test_cuda_extension.py` |
-| NVRTC compiles the same kernels with no driver, registers within 10 of nvcc's (but for three, named in the test) | \
+| NVRTC compiles the same kernels with no driver, registers within 10 of nvcc's | \
 a user without nvcc | \
 `test_cuda_cupy.py` |
 

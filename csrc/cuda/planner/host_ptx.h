@@ -20,6 +20,10 @@ Word load_shared(const Word*) {
   return {};
 }
 template <class Word>
+Word load_shared(SharedAddress) {
+  return {};
+}
+template <class Word>
 void store_shared(Word*, Word) {}
 inline float inverse_root(float x) { return x; }
 inline float approximate_root(float x) { return x; }

@@ -84,6 +84,10 @@ HOST_CUDA_TWIN Word load_shared(const Word* pointer) {
   return *pointer;
 }
 template <class Word>
+__attribute__((always_inline)) inline Word load_shared(SharedAddress address) {
+  return load_shared(reinterpret_cast<const Word*>(address));
+}
+template <class Word>
 HOST_CUDA_TWIN void store_shared(Word* pointer, Word word) {
   twin::check_aligned(pointer, sizeof(Word), "a shared store");
   if (!twin::in_shared(pointer, sizeof(Word))) host_cuda::fail("a shared store is out of range");
