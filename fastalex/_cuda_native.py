@@ -188,10 +188,10 @@ def call(op: str, args: Sequence[Any], start: Callable[[Launch], None]) -> Any:
     before, _receiver.start, _receiver.error = _receiver.start, start, None
     try:
         return getattr(torch.ops.fastalex_cuda_plan, op).default(*args)
-    except RuntimeError:
+    except RuntimeError as planners:
         error, _receiver.error = _receiver.error, None
         if error is not None:
-            raise error from None
+            raise error from planners  # whose words name the operator and its tensors' shapes
         raise
     finally:
         _receiver.start = before

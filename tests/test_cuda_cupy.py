@@ -77,7 +77,9 @@ def test_planner_errors_become_exceptions():
 
 
 def test_a_planned_launch_without_a_caller_is_an_error():
-    with pytest.raises(RuntimeError, match=r"lrn_channels_first.* did not start"):
+    grid, shapes = r"\(1 blocks of 256 threads, .*", r"\[fastalex::lrn float32\[1, 8, 3, 3\]"
+    words = f"lrn_channels_first<float, 1, 5> did not start: .*{grid}{shapes}"
+    with pytest.raises(RuntimeError, match=words):
         torch.ops.fastalex_cuda_plan.lrn(torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1)
 
 
@@ -85,8 +87,10 @@ def test_what_fails_at_a_launch_is_what_the_caller_raised():
     def start(launch):
         raise KeyError("no such kernel")
 
-    with pytest.raises(KeyError, match="no such kernel"):
+    with pytest.raises(KeyError, match="no such kernel") as failed:
         _cuda_native.call("lrn", (torch.ones(1, 8, 3, 3), 5, 1e-4, 0.75, 1.0, 1), start)
+    assert "1 blocks of 256 threads" in str(failed.value.__cause__)
+    assert "[fastalex::lrn float32[1, 8, 3, 3]" in str(failed.value.__cause__)
 
 
 # --- what CuPy is given, on a driver that is not there --------------------------------------------
