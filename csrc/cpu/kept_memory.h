@@ -33,7 +33,7 @@ int64_t kept_memory_bytes();
 int64_t kept_memory_limit();
 
 // The calling thread's scratch for one call at a time: its own, kept for its next call, or a large
-// block. Calls from many threads share nothing, and a forked child finds no lock.
+// block. Below that, calls from many threads share nothing and take no lock.
 class ScratchLease {
  public:
   explicit ScratchLease(size_t bytes);
