@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import json
 import os
@@ -227,7 +228,8 @@ def held(heap: Any, call: Callable[[], Any]) -> int:
         most = heap.heap_peak() - before
         most -= sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(results))
 
-    thread = threading.Thread(target=work)
+    context = contextvars.copy_context()  # a new thread would forget the forced backend
+    thread = threading.Thread(target=context.run, args=(work,))
     thread.start()
     thread.join()
     return most
