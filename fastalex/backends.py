@@ -44,6 +44,9 @@ def forced() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every fastalex operator inside the ``with`` block on one backend.
 
+    The gradients of what ran inside are computed on it too, wherever and whenever that happens; those of what ran
+    outside are not. A compiled graph has forgotten: its backward pass runs on the choice of the thread that runs it.
+
     Args:
         name: one of ``cpu``, ``cuda``, ``triton``, ``cupy``, ``torch``, or ``auto``
             to lift an outer choice.

@@ -17,8 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalex
-from fastalex import BackendError, _native, explain, ops, use_backend
-from fastalex.backends import NAMES
+from fastalex import BackendError, _native, backends, explain, ops, use_backend
+from fastalex.backends import NAMES, KernelTable
 from fastalex.ops import _cpu
 from fastalex.ops._operator import REGISTRY
 from tests.support.samples import SAMPLES
@@ -195,6 +195,44 @@ def test_a_new_thread_chooses_for_itself():
         thread.start()
         thread.join()
     assert seen == ["cpu"]
+
+
+def called(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The operator past torch's dispatcher, where nothing but gradients needs it."""
+    return SAMPLES[name].call(*tensors)
+
+
+def dispatched(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    output = REGISTRY[name].dispatch(*tensors, *SAMPLES[name].positional)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@pytest.mark.parametrize("forward", ["torch", "cpu", "auto"])
+@pytest.mark.parametrize("reach", [called, dispatched])
+@pytest.mark.parametrize("name", FORWARD)
+def test_gradients_run_where_the_forward_pass_was_forced(monkeypatch, name, reach, forward):
+    """In another thread, as CUDA's gradients do, and in this one under another choice."""
+    chosen_by = []
+    choose = KernelTable.choose
+
+    def recorded(table, *args):
+        kernel = choose(table, *args)
+        chosen_by.append(kernel.backend)
+        return kernel
+
+    tensors = [t.requires_grad_() for t in SAMPLES[name].tensors(torch.float32)]
+    with use_backend(forward):
+        in_thread, here = (reach(name, tensors).sum() for _ in range(2))
+    monkeypatch.setattr(KernelTable, "choose", recorded)
+    thread = threading.Thread(target=in_thread.backward)
+    thread.start()
+    thread.join()
+    other = "torch" if forward == "cpu" else "cpu"
+    with use_backend(other):
+        here.backward()
+        assert backends.forced() == other
+    assert set(chosen_by) == {"cpu" if forward == "auto" else forward}
+    assert all(t.grad is not None for t in tensors)
 
 
 @pytest.mark.parametrize("name", FORWARD)

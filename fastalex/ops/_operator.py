@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalex import _onnx, _tuning, reference
-from fastalex.backends import KernelTable, forced
+from fastalex.backends import KernelTable, forced, use_backend
 
 LIBRARY = torch.library.Library("fastalex", "DEF")
 
@@ -138,21 +138,36 @@ class Operator:
         """One formula, for the dispatcher and for plain tensors; ``setup(ctx, inputs, output)`` saves."""
 
         def setup_dispatched(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.forced = forced()
             setup(ctx, _with_tuples(inputs), output)
 
+        def backward_where_forced(ctx: Any, *grads: Any) -> Any:
+            # Gradients of CUDA tensors are computed in a thread that sees no `with` block of its caller.
+            if ctx.forced == forced():
+                return backward(ctx, *grads)
+            with use_backend(ctx.forced or "auto"):
+                return backward(ctx, *grads)
+
         torch.library.register_autograd(
-            f"fastalex::{self.name}", backward, setup_context=setup_dispatched, lib=LIBRARY
+            f"fastalex::{self.name}",
+            backward_where_forced,
+            setup_context=setup_dispatched,
+            lib=LIBRARY,
         )
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = self.run(*args)
+            ctx.forced = forced()
             setup(ctx, args, output)
             return output
 
         self._function: Any = type(
             f"fastalex_{self.name}",
             (torch.autograd.Function,),
-            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+            {
+                "forward": staticmethod(forward),
+                "backward": staticmethod(backward_where_forced),
+            },
         )
 
     def differentiate_reference(
