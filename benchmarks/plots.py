@@ -13,7 +13,7 @@ from benchmarks.report import by_case
 from benchmarks.roofline import Roof
 from benchmarks.runner import BASELINE, Row
 
-#: Colours of a page and of the plots in it, by the reader's setting. docs/diagrams.py draws with them too.
+#: Colours of a page and of the plots in it, by the reader's setting. docs/drawing.py draws with them too.
 PALETTE = """
 svg { --ink: #1b1f24; --dim: #59636e; --line: #b6bec7; --a: #2563c9; --b: #c2570c; --c: #1a7f4b; --d: #8b3fb8 }
 @media (prefers-color-scheme: dark) {

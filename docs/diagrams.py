@@ -1,6 +1,6 @@
-"""``python docs/diagrams.py``: draws the kernels' ideas as docs/figures/*.svg, which read in light and in dark.
+"""``python docs/diagrams.py``: draws the kernels' ideas as docs/figures/*.svg.
 
-A test asks that running this changes nothing. Lengths are pixels of a page 760 wide.
+A test asks that running this changes nothing. Those of the GPU kernels are in gpu_diagrams.py.
 """
 
 from __future__ import annotations
@@ -8,79 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks.plots import PALETTE
+from docs import gpu_diagrams
+from docs.drawing import COLOURS, Drawing
 
 FIGURES = Path(__file__).resolve().parent / "figures"
-WIDTH = 760
-STYLE = (
-    PALETTE
-    + """text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--ink) }
-.head { font-weight: 600; font-size: 14px } .dim { fill: var(--dim) } .small { font-size: 11px }
-.end { text-anchor: end } .mid { text-anchor: middle }
-rect, path, line { fill: none; stroke: var(--line); stroke-width: 1 }
-.a { stroke: var(--a); fill: var(--a); fill-opacity: .22 } .b { stroke: var(--b); fill: var(--b); fill-opacity: .22 }
-.c { stroke: var(--c); fill: var(--c); fill-opacity: .22 } .d { stroke: var(--d); fill: var(--d); fill-opacity: .22 }
-.over { stroke: var(--b); stroke-dasharray: 4 3 } .strong { fill-opacity: .5; stroke-width: 2 }
-.arrow { stroke: var(--dim); stroke-width: 1.5 } .tip { fill: var(--dim); stroke: none } .bold { stroke-width: 2 }
-"""
-)
-COLOURS = ("a", "b", "c", "d")
-
-
-class Drawing:
-    """Shapes and text, in the order in which they were added."""
-
-    def __init__(self, title: str, height: int) -> None:
-        self.title, self.height = title, height
-        self.parts: list[str] = []
-
-    def rect(self, x: float, y: float, w: float, h: float, style: str = "", round: int = 2) -> None:
-        self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round}" class="{style}"/>'
-        )
-
-    def text(self, x: float, y: float, words: str, style: str = "") -> None:
-        self.parts.append(f'<text x="{x:g}" y="{y:g}" class="{style}">{escape(words)}</text>')
-
-    def box(self, x: float, y: float, w: float, h: float, words: str, style: str = "") -> None:
-        """A rectangle with its lines of text in the middle."""
-        self.rect(x, y, w, h, style, 5)
-        lines = words.split("\n")
-        for number, line in enumerate(lines):
-            below = y + h / 2 + 4.5 + 16 * (number - (len(lines) - 1) / 2)
-            self.text(x + w / 2, below, line, "mid" if number == 0 else "mid small dim")
-
-    def grid(
-        self, x: float, y: float, columns: int, rows: int, side: float, style: str = ""
-    ) -> None:
-        for row in range(rows):
-            for column in range(columns):
-                self.rect(x + column * side, y + row * side, side, side, style, 0)
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float) -> None:
-        length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
-        u, v = (x2 - x1) / length, (y2 - y1) / length
-        back, left, right = (x2 - 8 * u, y2 - 8 * v), (-4 * v, 4 * u), (4 * v, -4 * u)
-        self.parts.append(
-            f'<line x1="{x1:g}" y1="{y1:g}" x2="{back[0]:g}" y2="{back[1]:g}" class="arrow"/>'
-            f'<path class="tip" d="M{x2:g} {y2:g} L{back[0] + left[0]:g} {back[1] + left[1]:g} '
-            f'L{back[0] + right[0]:g} {back[1] + right[1]:g} Z"/>'
-        )
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, style: str = "") -> None:
-        self.parts.append(
-            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{style}"/>'
-        )
-
-    def svg(self) -> str:
-        inside = "\n".join(self.parts)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n{inside}\n</svg>\n"
-        )
 
 
 def towers() -> Drawing:
@@ -289,72 +222,101 @@ def conv_pool() -> Drawing:
     return d
 
 
-def implicit_gemm() -> Drawing:
-    d = Drawing("A convolution as an implicit matrix product: a tile of pixels walks the taps", 330)
-    side, x, y = 17, 16, 44
-    d.text(x, 22, "input, channels-last", "head")
-    d.grid(x, y, 11, 9, side)
-    for number, (dy, dx) in enumerate(((0, 0), (0, 1), (1, 0))):
-        d.rect(
-            x + (2 + dx) * side, y + (2 + dy) * side, 6 * side, 2 * side, COLOURS[number] + " bold"
-        )
-    d.text(x, 220, "the same tile of 6 x 2 pixels, under three")
-    d.text(x, 238, "of the nine taps: shifted addresses,")
-    d.text(x, 256, "no im2col matrix in memory; what lies")
-    d.text(x, 274, "outside the image is masked to zero")
-    ax, ay = 300, 96
-    d.text(ax, 22, "K: taps x channels, in steps", "head")
-    for number in range(6):
-        d.rect(ax + number * 30, ay, 30, 96, COLOURS[number // 2], 0)
-    for number, words in enumerate(("tap 0,0", "tap 0,1", "tap 1,0")):
-        d.text(ax + 30 + number * 60, ay - 8, words, "mid small")
-    d.text(ax - 8, ay + 52, "M", "end head")
-    d.text(ax, ay + 118, "M: pixels of the tile", "dim")
-    bx = 560
-    for number in range(6):
-        d.rect(bx, 44 + number * 22, 84, 22, COLOURS[number // 2], 0)
-    d.text(bx + 42, 36, "N: filters", "mid head")
-    d.text(bx + 94, 112, "weights", "dim")
-    d.arrow(490, 144, 552, 144)
-    d.text(521, 136, "x", "mid")
-    d.arrow(bx + 42, 180, bx + 42, 212)
-    d.rect(bx, 216, 84, 76, "d strong")
-    d.text(bx + 42, 250, "M x N sums", "mid")
-    d.text(bx + 42, 268, "in registers", "mid small")
-    d.text(bx + 94, 250, "+ bias, ReLU,", "dim")
-    d.text(bx + 94, 268, "one write", "dim")
+def dot_block() -> Drawing:
+    d = Drawing("A linear layer forward: rows times rows, a block of 4 x 6 sums in registers", 310)
+    d.text(16, 22, "x: rows of the batch", "head")
+    d.text(16, 150, "w: rows of the weight, as they lie in memory", "head")
+    for row in range(4):
+        for vector in range(9):
+            style = "a strong" if vector == 3 else "a"
+            d.rect(16 + vector * 40, 34 + row * 20, 40, 17, style, 0)
+    for row in range(6):
+        for vector in range(9):
+            style = "b strong" if vector == 3 else "b"
+            d.rect(16 + vector * 40, 162 + row * 20, 40, 17, style, 0)
+    d.text(156, 132, "one vector of 16 inputs of each", "mid small dim")
+    d.text(384, 262, "read once", "small dim")
+    d.arrow(384, 74, 448, 94)
+    d.arrow(384, 212, 448, 160)
+    d.text(456, 22, "4 x 6 sums, each a vector of 16", "head")
+    for row in range(4):
+        for column in range(6):
+            d.rect(456 + column * 30, 66 + row * 30, 30, 30, "d", 0)
+    d.text(546, 206, "10 loads for 24 multiply-adds;", "mid")
+    d.text(546, 224, "lanes are added at the end", "mid dim")
+    d.arrow(638, 126, 660, 126)
+    d.box(664, 98, 90, 56, "y\n+ bias, ReLU")
     d.text(
         16,
-        318,
-        "While one slice of K multiplies, the next ones are on their way to shared memory.",
+        302,
+        "1,024 inputs of the weight's rows wait in L1 while all rows of the batch pass.",
         "dim",
     )
     return d
 
 
-def split_k() -> Drawing:
+def pool_columns() -> Drawing:
+    d = Drawing("A 3x3 pool, two apart, of planes: columns first, which neighbours share", 250)
+    side, x = 34, 100
+    d.text(16, 22, "three rows of a plane", "head")
+    for row in range(3):
+        d.text(x - 10, 54 + row * 22, f"row {row}", "end small dim")
+        for column in range(11):
+            d.rect(x + column * side, 38 + row * 22, side, 20, "a", 0)
+    d.text(x - 10, 134, "columns", "end small dim")
+    for column in range(11):
+        d.rect(x + column * side, 118, side, 22, "c" if column % 2 else "c strong", 0)
+        d.arrow(x + (column + 0.5) * side, 102, x + (column + 0.5) * side, 116)
+    d.text(x - 10, 204, "y", "end head")
+    for window in range(5):
+        left = x + 2 * window * side
+        d.rect(left + 0.6 * side, 188, 1.8 * side, 24, "b", 3)
+        for column in range(3):
+            d.arrow(left + (column + 0.5) * side, 142, left + (1.2 + 0.3 * column) * side, 186)
+    d.text(500, 54, "nine loads make 33 columns' maxima,")
+    d.text(500, 74, "three vectors of 16 and a bit;")
+    d.text(500, 132, "dark columns end one window")
+    d.text(500, 150, "and begin the next")
+    d.text(500, 194, "three shuffles and two maxima:")
+    d.text(500, 212, "16 outputs")
+    d.text(16, 242, "Tap by tap, a vector of outputs takes eighteen loads.", "dim")
+    return d
+
+
+def augment() -> Drawing:
     d = Drawing(
-        "Split-K: a weight gradient's long sum is divided among programs, then added in order", 262
+        "Crop, mirror, colour shift and mean subtraction: one pass from bytes to floats", 236
     )
-    d.text(16, 22, "dw = sum over pixels of dy x", "head")
+    d.text(16, 22, "image: bytes", "head")
+    d.rect(16, 36, 130, 130, "a")
+    d.rect(34, 46, 100, 100, "a strong")
+    d.rect(34, 92, 100, 8, "b strong", 0)
+    d.text(84, 140, "crop", "mid small")
+    d.text(16, 186, "256 x 256 x 3")
+    d.arrow(150, 96, 196, 96)
+    d.text(200, 22, "one row, in L1", "head")
+    d.box(200, 74, 110, 44, "turned round\nwhere mirrored", "b")
+    d.arrow(312, 96, 346, 96)
+    d.box(
+        350,
+        36,
+        176,
+        120,
+        "(x + shift - mean) scale\nshift: one colour an image\nmean: pixel or image",
+        "c",
+    )
+    d.text(350, 186, "rounded as the transforms round,")
+    d.text(350, 204, "so that every bit is theirs", "dim")
+    d.arrow(528, 96, 572, 96)
+    d.text(576, 22, "y: channels-last", "head")
+    d.rect(576, 36, 120, 120, "d")
+    d.rect(576, 92, 120, 8, "d strong", 0)
+    d.rect(696, 36, 10, 120, "over", 0)
+    d.text(576, 186, "227 x 227 x 3 floats;")
+    d.text(576, 204, "a pitch of 228 adds zeros", "dim")
     d.text(
-        16,
-        42,
-        "few outputs, a long sum: conv3 has 2,304 x 384 of them and 21,632 pixels at batch 128",
-        "dim",
+        16, 230, "A byte read and four written an element; nothing is written in between.", "dim"
     )
-    for number in range(4):
-        x = 16 + number * 110
-        d.rect(x, 64, 110, 34, COLOURS[number])
-        d.text(x + 55, 86, "5,408 pixels", "mid small")
-        d.arrow(x + 55, 100, x + 55, 126)
-        d.box(x + 8, 130, 94, 44, f"program {number}\na tile of dw", COLOURS[number])
-        d.arrow(x + 55, 176, 500, 200 + number * 3)
-    d.box(506, 178, 110, 54, "add them\n0, 1, 2, 3: always", "")
-    d.arrow(618, 205, 656, 205)
-    d.box(660, 178, 88, 54, "dw", "d")
-    d.text(16, 226, "Partial sums are float32, in a workspace;", "")
-    d.text(16, 246, "no atomics, so the same bits on every run.", "")
     return d
 
 
@@ -365,8 +327,15 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "lrn_window": lrn_window,
     "lrn_max_pool": lrn_max_pool,
     "conv_pool": conv_pool,
-    "implicit_gemm": implicit_gemm,
-    "split_k": split_k,
+    "dot_block": dot_block,
+    "pool_columns": pool_columns,
+    "augment": augment,
+    "implicit_gemm": gpu_diagrams.implicit_gemm,
+    "split_k": gpu_diagrams.split_k,
+    "stages": gpu_diagrams.stages,
+    "lanes": gpu_diagrams.lanes,
+    "pool_gather": gpu_diagrams.pool_gather,
+    "pool_patch": gpu_diagrams.pool_patch,
 }
 
 

@@ -1,7 +1,8 @@
 """Crops of uint8 images, mirrored or not, to y = (x + shift - mean) * scale.
 
 A lane owns one element of the output, so that stores are dense whatever the number of channels; the bytes it reads lie
-as close together, and one image's constants stay in L1. Bound by the writes: four bytes an element against one read.
+as close together, and one image's constants stay in L1. One byte read and up to four written an element; finding an
+element's image, row and pixel takes more instructions than that leaves time for (docs/gpu-evidence.md).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def refuse_augment(images: Tensor, *rest: object) -> str | None:
 
 
 def candidates_augment(*arguments: object) -> dict[str, tuple[object, ...]]:
-    """One configuration: bound by its writes, which are dense in every one."""
+    """One configuration: its stores are dense in every one."""
     return {}
 
 

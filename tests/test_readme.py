@@ -98,6 +98,12 @@ def test_diagrams_are_those_of_the_script():
         assert (diagrams.FIGURES / f"{name}.svg").read_text() == draw().svg(), name
 
 
+def test_every_operator_is_counted_and_explained_among_the_kernels():
+    text = (ROOT / "docs/kernels.md").read_text()
+    counted = set(re.findall(r"costs\.(\w+)\(", text))
+    assert counted == set(REGISTRY)
+
+
 def test_every_picture_is_shown():
     pages = "".join((ROOT / document).read_text() for document in DOCUMENTS)
     for picture in (ROOT / "docs/figures").glob("*.[sp][vn]g"):
