@@ -27,8 +27,8 @@ $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench,dev]'
 	touch $@
 
-# Most tests keep one core busy, so two processes share the files.
-PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile
+# Most tests keep one core busy, so two processes share the files, in their order: those of few long tests not last.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test: build
 	$(PYTEST) -m 'not slow and not gpu'

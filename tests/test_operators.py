@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,8 @@ def test_gradcheck_of_the_function(name, layout, backend):
 @pytest.mark.parametrize("name", FORWARD)
 def test_gradgradcheck(name, layout):
     sample = SAMPLES[name]
+    if name.startswith("conv_relu"):  # float64 is torch's, which two channels a group show as well
+        sample = replace(sample, shapes=((2, 4, 2, 3), (2, 2, 2, 3), (2,)))
     tensors = [t.requires_grad_() for t in sample.tensors(torch.float64, layout)]
     assert torch.autograd.gradgradcheck(sample.call, tensors)
 
