@@ -97,15 +97,25 @@ def gencode(architectures: list[str]) -> str:
     return " ".join(flags)
 
 
+def as_target(path: Path) -> str:
+    """A path as ninja writes it where it names files."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def as_argument(path: Path | str) -> str:
+    """A path as a word of a command that ninja gives to a shell."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 class NinjaFile:
     """The build of the native libraries: ``library`` adds one, ``text`` is the file."""
 
     def __init__(self) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        includes = " ".join(f"-isystem {shlex.quote(p)}" for p in include_paths())
+        includes = " ".join(f"-isystem {as_argument(p)}" for p in include_paths())
         self.stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} {includes}"
-        libraries = " ".join(f"-L{shlex.quote(p)}" for p in library_paths())
+        libraries = " ".join(f"-L{as_argument(p)}" for p in library_paths())
         link = f"$in -o $out {libraries} -ltorch_cpu -lc10"
         self.lines = ["ninja_required_version = 1.5", f"cxx = {COMPILER}", f"nvcc = {NVCC}"]
         for rule, command in (
@@ -121,7 +131,7 @@ class NinjaFile:
     def compile(self, label: str, source: Path, flags: str, rule: str = "compile") -> str:
         root = CPU if source.is_relative_to(CPU) else CUDA
         made = f"{label}/{source.relative_to(root).with_suffix('')}.o"
-        self.lines += [f"build {made}: {rule} {source}", f"  flags = {flags}"]
+        self.lines += [f"build {made}: {rule} {as_target(source)}", f"  flags = {flags}"]
         return made
 
     def library(self, name: str) -> None:
@@ -149,7 +159,9 @@ class NinjaFile:
 
     def plan_objects(self) -> list[str]:
         planner = CUDA / "planner"
-        flags = f"{PLAN_FLAGS} -I{planner} -I{CUDA} -include {planner}/planner.h {self.stable_abi}"
+        folders = f"-I{as_argument(planner)} -I{as_argument(CUDA)}"
+        header = f"-include {as_argument(planner / 'planner.h')}"
+        flags = f"{PLAN_FLAGS} {folders} {header} {self.stable_abi}"
         sources = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp"), planner / "planner.cpp"])
         return [self.compile("plan", source, f"{flags} -x c++") for source in sources]
 

@@ -132,6 +132,13 @@ def test_forced_build_without_nvcc_fails(source, tmp_path):
     assert "FASTALEX_BUILD=cuda, but no nvcc '/nonexistent' was found: install" in result.text
 
 
+def test_a_folder_may_have_any_name(sdist, tmp_path):
+    folder = tmp_path / "My $HOME: projects"
+    folder.mkdir()
+    tool = compiler(tmp_path, PRETENDING_COMPILER)
+    built(unpacked(sdist, folder), folder / "dist", CXX=tool, NVCC=tool)
+
+
 def test_an_ill_named_gpu_fails(source, tmp_path):
     tools = {"CXX": compiler(tmp_path, PRETENDING_COMPILER), "FASTALEX_CUDA_ARCH": "90a;hopper"}
     result = pip_wheel(source, tmp_path / "dist", NVCC=tools["CXX"], **tools)

@@ -126,6 +126,17 @@ def test_backends_table_is_the_registry():
     }
 
 
+def test_variables_table_has_all_that_the_package_and_its_build_read():
+    table = re.findall(r"^\| `(FASTALEX_\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    sources = [
+        *(ROOT / "fastalex").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+        ROOT / "setup.py",
+    ]
+    text = "".join(path.read_text() for path in sources)
+    assert set(table) == set(re.findall(r"environ(?:\.get\(|\[)\"(FASTALEX_\w+)\"", text))
+
+
 def test_presets_have_the_parameters_that_the_documents_count():
     (count,) = re.findall(
         r"two-tower network, ([\d,]+) parameters", (ROOT / "README.md").read_text()
