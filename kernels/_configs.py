@@ -74,7 +74,8 @@ def pool_launches(direction: str, x: torch.Tensor, normalised: bool) -> tuple[La
     return POOL[direction, is_channels_last(readable(x)), normalised]
 
 
-# scheme: tiles for halves; a float32 tile has half the k, to take the same shared memory
+# scheme: tiles for halves; a float32 tile has half the k, to take the same shared memory. Tiles of 32 pixels are for
+# batch 1, where 64 would leave more of a map's last one empty.
 CONV_FORWARD = {
     "rows": (
         ConvTile(128, 64, 32, 32, 8, 3),
@@ -88,6 +89,7 @@ CONV_FORWARD = {
         ConvTile(128, 64, 0, 32, 4, 3),
         ConvTile(64, 64, 0, 32, 4, 3),
         ConvTile(128, 32, 16, 32, 4, 3),
+        ConvTile(32, 64, 0, 32, 4, 3),
         ConvTile(64, 32, 0, 32, 4, 3),
         ConvTile(64, 16, 0, 32, 4, 3),
     ),
@@ -103,7 +105,8 @@ CONV_FORWARD = {
         ConvTile(128, 64, 32, 32, 8, 3),
         ConvTile(128, 64, 0, 32, 8, 3),
         ConvTile(64, 64, 0, 32, 4, 3),
-        ConvTile(64, 32, 0, 32, 4, 3),
+        ConvTile(32, 64, 0, 32, 4, 3),
+        ConvTile(64, 32, 0, 16, 4, 3),
         ConvTile(64, 16, 0, 32, 4, 3),
     ),
 }
@@ -150,6 +153,7 @@ CONV_WEIGHT_GRADIENT = {
 }
 # float32 products outside the tensor cores: registers are all it needs
 IEEE_TILE = ConvTile(64, 32, 0, 16, 4, 2)
+LEAST_K = 16  # that tl.dot takes
 CANDIDATES = 4  # tiles worth measuring for one shape
 NARROWEST = 32  # channels: every table has a tile no wider
 FEW_PROGRAMS = 128  # a launch with fewer leaves most of a GPU idle: split K, or take a smaller tile
@@ -169,7 +173,7 @@ def conv_tiles(
     """Every forward tile that can be chosen, the one the model below expects most of first."""
     tiles = [IEEE_TILE] if dtype == torch.float32 and precision == "ieee" else CONV_FORWARD[scheme]
     if dtype == torch.float32 and precision != "ieee":
-        tiles = [replace(t, k=t.k // 2) for t in tiles]
+        tiles = [replace(t, k=max(t.k // 2, LEAST_K)) for t in tiles]
     fitted = [with_split(t, conv, scheme, batch) for t in tiles if fits(t, conv.outputs)]
     return sorted(fitted, key=lambda t: tile_cost(t, conv, batch))[:CANDIDATES]
 
@@ -197,13 +201,17 @@ def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
         conv.products // (tile.k * FEWEST_STEPS),
         FEW_PROGRAMS // tile_programs(tile, conv, batch),
     )
-    return replace(tile, split=max(most, 1))
+    steps = -(-conv.products // tile.k)
+    share = -(-steps // max(most, 1))
+    return replace(tile, split=-(-steps // share))  # no part without a step
 
 
 def tile_cost(tile: ConvTile, conv: Conv, batch: int) -> float:
-    """Relative time, by a model: waves of programs, products a step, values a step must load."""
+    """Relative time, by a model: programs beyond a full GPU (a multiprocessor holds several, so no whole waves),
+    products a step, values a step must load.
+    """
     programs = tile_programs(tile, conv, batch) * tile.split
-    waves = -(-programs // FEW_PROGRAMS)
+    waves = max(programs / FEW_PROGRAMS, 1)
     n = tile.n + tile.n2
     products = tile.m * n
     loads = 32 * (tile.m + n)

@@ -6,7 +6,7 @@ taps in the image's padding included.
 
 from __future__ import annotations
 
-from ._configs import ConvTile
+from ._configs import ConvTile, tile_programs
 from ._conv import Conv, packed_products
 from ._conv_image_gradient import block_convolution, by_blocks
 
@@ -28,6 +28,11 @@ def forward_work(conv: Conv, scheme: str, tile: ConvTile, batch: int) -> int:
     m = padded(batch * conv.out_pixels, tile.m)
     n = padded(conv.outputs, tile.n + tile.n2)
     return m * n * packed_products(conv, scheme, tile.k)[1]
+
+
+def copied(conv: Conv, tile: ConvTile, batch: int) -> int:
+    """Values of x and w that the programs of a forward pass copy, mostly from L2."""
+    return tile_programs(tile, conv, batch) * (tile.m + tile.n + tile.n2) * conv.products
 
 
 def input_gradient(conv: Conv, tile: ConvTile, batch: int) -> float:
