@@ -42,7 +42,9 @@ class _Capture(TorchDispatchMode):
 def explanation(op: str, *args: Any, **kwargs: Any) -> str:
     """The text that :func:`explain` prints."""
     if op not in FUNCTIONS:
-        raise ValueError(f"no operator '{op}'; there are {', '.join(FUNCTIONS)}")
+        of = {function.__name__: name for name, function in FUNCTIONS.items()}
+        hint = f": {op}'s is '{of[op]}'" if op in of else ""
+        raise ValueError(f"no operator '{op}'; there are {', '.join(FUNCTIONS)}{hint}")
     try:
         with torch.no_grad(), _Capture():  # type: ignore[no-untyped-call]
             FUNCTIONS[op](*args, **kwargs)

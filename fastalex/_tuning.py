@@ -62,6 +62,9 @@ def enabled() -> bool:
     return not _paused and asked == "1"
 
 
+enabled()  # a wrong value is told at import, as other variables' are, and not by a GPU's first call
+
+
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Inside, no call is measured by itself."""

@@ -130,12 +130,34 @@ def test_explain_runs_nothing(capsys, monkeypatch, requires_grad):
     explained(capsys, "lrn", X.clone().requires_grad_(requires_grad), 5)
 
 
+def test_a_variable_of_unknown_value_is_told_at_import():
+    wanted = {
+        "FASTALEX_BACKEND": "auto or one of cpu, cuda, triton, cupy, torch",
+        "FASTALEX_CPU_ISA": "one of avx512, avx2, portable",
+        "FASTALEX_TUNE": "0 or 1",
+    }
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", "import fastalex"],
+            env=os.environ | {name: "fast"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in wanted
+    }
+    for name, process in started.items():
+        words = process.communicate()[1]
+        assert f"ValueError: {name} is 'fast'; it can be {wanted[name]}\n" in words
+
+
 def test_explain_of_wrong_calls():
     with pytest.raises(
         ValueError,
         match="no operator 'softmax'; there are augment, conv_relu, conv_relu_lrn_max_pool, ",
     ):
         explain("softmax", X)
+    with pytest.raises(ValueError, match="local_response_norm's is 'lrn'"):
+        explain("local_response_norm", X, 5)
     with pytest.raises(ValueError, match="size is 0"):
         explain("lrn", X, 0)
 

@@ -312,6 +312,21 @@ def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps(precision)
 
 
 @pytest.mark.slow
+def test_a_rate_too_high_for_a_fixed_batch_is_not_called_a_broken_network(tmp_path, monkeypatch):
+    options = train_tiny.options(preset="cifar10", batch=32, crop=32, labels="0-2", lr=None)
+    run = Sweep(options, tmp_path, Screen(quiet=True))
+    run.results["rate"] = {"chosen": 0.3}
+    monkeypatch.setattr(
+        run, "_losses", lambda rate, *rest, **more: [2.0, 0.01 if rate < 0.05 else 2.15]
+    )
+    run.overfit_small_sample()
+    assert run.results["overfit"]["step"] == 1
+    assert run.results["overfit"]["lr"] == pytest.approx(0.03)
+    monkeypatch.setattr(run, "_losses", lambda *rest, **more: [2.0, float("nan")])
+    run.overfit_small_sample()
+    assert run.results["overfit"]["step"] is None
+
+
 def test_the_sweep_goes_through_its_steps(tmp_path, monkeypatch):
     options = train_tiny.options(preset="cifar10", batch=32, crop=32, labels="0-2", lr=None)
     run = Sweep(options, tmp_path, Screen(quiet=True))

@@ -97,13 +97,21 @@ class Sweep:
         )
 
     def overfit_small_sample(self, steps: int = 200) -> None:
-        """A network that cannot learn 20 images by heart is broken; without regularisers it must."""
-        rate = self.results["rate"]["chosen"]
-        losses = self._losses(rate, steps, self._same_batch, SMALL_SAMPLE, regularised=False)
-        done = next((step for step, loss in enumerate(losses) if loss < 0.05), None)
-        self.results["overfit"] = {"losses": losses, "step": done}
+        """A network that cannot learn 20 images by heart is broken; without regularisers it must.
+
+        At the chosen rate, or at a lower one: what a changing batch bears can kill the ReLUs on a fixed one.
+        """
+        chosen = self.results["rate"]["chosen"]
+        for rate in (chosen, chosen / 3, chosen / 10):
+            losses = self._losses(rate, steps, self._same_batch, SMALL_SAMPLE, regularised=False)
+            done = next((step for step, loss in enumerate(losses) if loss < 0.05), None)
+            if done is not None:
+                break
+        self.results["overfit"] = {"lr": rate, "losses": losses, "step": done}
         found = (
-            f"in {done} steps" if done is not None else f"not in {steps} steps: something is broken"
+            f"in {done} steps with --lr {rate:.2g}"
+            if done is not None
+            else f"not in {steps} steps, nor with a tenth of that rate: something is broken"
         )
         self.screen.say(f"3. {SMALL_SAMPLE} images learnt by heart (loss below 0.05): {found}")
 
