@@ -11,7 +11,15 @@ from fastalex.ops.lrn import LRN as OPERATOR
 from fastalex.ops.lrn import LRN_BACKWARD
 from tests.support import bounds
 from tests.support.backends import BACKENDS, running
-from tests.support.cases import DTYPES, LAYOUTS, LRN, LRN_CASES, random_input, with_specials
+from tests.support.cases import (
+    DTYPES,
+    LAYOUTS,
+    LRN,
+    LRN_CASES,
+    lay_out,
+    random_input,
+    with_specials,
+)
 
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
@@ -135,3 +143,16 @@ def test_groups_are_towers():
     x = torch.randn(2, 24, 5, 5)
     towers = [ops.local_response_norm(half, 5, 0.1) for half in x.chunk(2, dim=1)]
     torch.testing.assert_close(ops.local_response_norm(x, 5, 0.1, groups=2), torch.cat(towers, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_bfloat16_number_is_read_and_written_exactly(layout, backend):
+    """Divided by one: subnormals and both zeros included, all whose squares float32 holds."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.abs() < 2.0**62]
+    for channels in (37, 64):
+        x = lay_out(numbers[: len(numbers) // channels * channels].view(1, channels, -1, 1), layout)
+        with running(backend):
+            y = ops.local_response_norm(x, 5, alpha=0.0, beta=1.0, k=1.0)
+        assert torch.equal(y.view(torch.int16), x.view(torch.int16))

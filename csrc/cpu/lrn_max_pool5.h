@@ -13,7 +13,6 @@ enum class RowOfWindow { kFirst, kSecond, kLast };
 template <class S, Beta kBeta>
 class NormalizedPool5 {
   using A = compute_t<S>;
-  static constexpr int64_t kWidth = kLanes<A>;
 
  public:
   NormalizedPool5(const LrnParams& lrn, const Map& in, const Map& out)
@@ -21,7 +20,7 @@ class NormalizedPool5 {
         x_stride_(in.pixel_stride),
         y_stride_(out.pixel_stride),
         out_width_(out.width),
-        group_pitch_((window_.group_channels + kWidth - 1) / kWidth * kWidth),
+        group_pitch_((window_.group_channels + kBlock<S> - 1) / kBlock<S> * kBlock<S>),
         pitch_(group_pitch_ * window_.groups),
         last_pixel_(pitch_),
         best_(pitch_ * out.width) {}
@@ -34,9 +33,9 @@ class NormalizedPool5 {
     StrangeValues<A> strange;
     for (int64_t g = 0; g < window.groups; ++g) {
       Pixel pixel(x + g * window.group_channels, window.group_channels);
-      for (int64_t c = 0; c < window.group_channels; c += kWidth) {
-        const Vec<A> v = pixel.normalized(window, c, strange);
-        store(last_pixel_.data() + g * group_pitch_ + c, v);
+      for (int64_t c = 0; c < window.group_channels; c += kBlock<S>) {
+        const Block<S> v = pixel.normalized(window, c, strange);
+        keep(last_pixel_.data() + g * group_pitch_ + c, v);
       }
     }
     for (int64_t ow = 0; ow < out_width_; ++ow) {
@@ -51,18 +50,34 @@ class NormalizedPool5 {
   }
 
  private:
-  // A group of channels of one pixel, normalised vector by vector in ascending order.
+  // Blocks that stay in the compute type, one part after the other.
+  static void keep(A* p, const Block<S>& block) {
+    for (int part = 0; part < kParts<S>; ++part) store(p + part * kLanes<A>, block.part[part]);
+  }
+  static Block<S> kept(const A* p) {
+    return by_part<S>([&](int part) { return load(p + part * kLanes<A>); });
+  }
+  static Block<S> larger_of(const Block<S>& a, const Block<S>& b) {
+    return by_part<S>([&](int part) { return larger<A>(a.part[part], b.part[part]); });
+  }
+
+  // A group of channels of one pixel, normalised block by block in ascending order.
   class Pixel {
    public:
     Pixel(const S* x, int64_t channels)
-        : x_(x), channels_(channels), value_(load_up_to(x, channels)), square_(value_ * value_) {}
+        : x_(x),
+          channels_(channels),
+          value_(load_block_up_to(x, channels)),
+          square_(squared(value_)) {}
 
-    Vec<A> normalized(const LrnWindow<A>& window, int64_t c, StrangeValues<A>& strange) {
-      const int64_t ahead = channels_ - c - kWidth;
-      const Vec<A> next = ahead > 0 ? load_up_to(x_ + c + kWidth, ahead) : Vec<A>{};
-      const Vec<A> after = next * next;
-      const Vec<A> s = window.base(sum_of_five(before_, square_, after));
-      const Vec<A> result = value_ * ordinary_power<kBeta>(s, window.beta, strange);
+    Block<S> normalized(const LrnWindow<A>& window, int64_t c, StrangeValues<A>& strange) {
+      const int64_t ahead = channels_ - c - kBlock<S>;
+      const Block<S> next = ahead > 0 ? load_block_up_to(x_ + c + kBlock<S>, ahead) : Block<S>{};
+      const Block<S> after = squared(next), sums = window_sums(before_, square_, after);
+      const Block<S> result = by_part<S>([&](int p) {
+        const Vec<A> s = window.base(sums.part[p]);
+        return value_.part[p] * ordinary_power<kBeta, S>(s, window.beta, strange);
+      });
       __builtin_prefetch(x_ + c + kAhead);
       before_ = square_;
       square_ = after;
@@ -73,7 +88,7 @@ class NormalizedPool5 {
    private:
     const S* x_;
     int64_t channels_;
-    Vec<A> value_, before_{}, square_;
+    Block<S> value_, before_{}, square_;
   };
 
   // The windows' second and third pixel, beside the first in `last`; in their place, last keeps the
@@ -83,20 +98,20 @@ class NormalizedPool5 {
                 StrangeValues<A>& strange) {
     const int64_t channels = window.group_channels;
     Pixel second(x, channels), third(x + x_stride_, channels);
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      const Vec<A> v = second.normalized(window, c, strange);
-      const Vec<A> w = third.normalized(window, c, strange);
-      const Vec<A> row = larger<A>(w, larger<A>(v, load(last + c)));
-      store(last + c, w);
+    for (int64_t c = 0; c < channels; c += kBlock<S>) {
+      const Block<S> v = second.normalized(window, c, strange);
+      const Block<S> w = third.normalized(window, c, strange);
+      const Block<S> row = larger_of(w, larger_of(v, kept(last + c)));
+      keep(last + c, w);
       if constexpr (kRow == RowOfWindow::kFirst) {
-        store(best + c, row);
+        keep(best + c, row);
       } else {
-        const Vec<A> joined = larger<A>(row, load(best + c));
+        const Block<S> joined = larger_of(row, kept(best + c));
         if constexpr (kRow == RowOfWindow::kSecond) {
-          store(best + c, joined);
+          keep(best + c, joined);
         } else {
-          store_up_to(y + c, joined, channels - c);
-          store(best + c, row);
+          store_block_up_to(y + c, joined, channels - c);
+          keep(best + c, row);
         }
       }
     }

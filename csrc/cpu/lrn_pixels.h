@@ -80,7 +80,8 @@ class PixelNormalizer final : public LrnForward<S> {
         const int64_t left = window_.group_channels - c;
         const Vec<A> sum = window_sum(in + c, window_.size());
         const Vec<A> s = window_.base(sum);
-        store_up_to(y + c, load_up_to(x + c, left) * inverse_power<kBeta>(s, window_.beta), left);
+        store_up_to(y + c, load_up_to(x + c, left) * inverse_power<kBeta, S>(s, window_.beta),
+                    left);
       }
       x += window_.group_channels;
       y += window_.group_channels;
@@ -132,10 +133,11 @@ class PixelGradient final : public LrnBackward<S, G> {
         const int64_t left = window_.group_channels - c;
         const Vec<A> sum = window_sum(in + c, window_.size());
         const Vec<A> s = window_.base(sum);
-        const Vec<A> own = load_up_to(g + c, left) * inverse_power<kBeta>(s, window_.beta);
-        store(direct + c, own);
+        const auto terms = gradient_terms<kBeta, S>(load_up_to(g + c, left),
+                                                    load_up_to(x + c, left), s, window_.beta);
+        store(direct + c, terms.direct);
         // Lanes past the group must stay zero even where k = 0 makes 1/s infinite there.
-        store_up_to(product + c, own * load_up_to(x + c, left) / s, left);
+        store_up_to(product + c, terms.product, left);
       }
       g += window_.group_channels;
       x += window_.group_channels;

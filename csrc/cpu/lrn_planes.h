@@ -94,7 +94,7 @@ class PlaneNormalizer final : public LrnForward<S> {
   void scale_row(const S* x, S* y, int64_t count) {
     for (int64_t i = 0; i < count; i += kWidth) {
       const Vec<A> s = window_.base(rows_.sum(i));
-      store_up_to(y + i, load_up_to(x + i, count - i) * inverse_power<kBeta>(s, window_.beta),
+      store_up_to(y + i, load_up_to(x + i, count - i) * inverse_power<kBeta, S>(s, window_.beta),
                   count - i);
     }
   }
@@ -155,9 +155,10 @@ class PlaneGradient final : public LrnBackward<S, G> {
     A* direct = direct_.row(channel);
     for (int64_t i = 0; i < count; i += kWidth) {
       const Vec<A> s = window_.base(rows_.sum(i));
-      const Vec<A> own = load_up_to(g + i, count - i) * inverse_power<kBeta>(s, window_.beta);
-      store(direct + i, own);
-      store(product + i, own * load_up_to(x + i, count - i) / s);
+      const auto terms = gradient_terms<kBeta, S>(load_up_to(g + i, count - i),
+                                                  load_up_to(x + i, count - i), s, window_.beta);
+      store(direct + i, terms.direct);
+      store(product + i, terms.product);
     }
   }
 

@@ -1,6 +1,7 @@
 // Local response normalization of NCHW planes for windows of five: four channels at a time, so that
 // their windows share loads and sums in registers.
 #pragma once
+#include "block.h"
 #include "lrn_planes.h"
 
 namespace fastalex::cpu::FASTALEX_ISA {
@@ -35,27 +36,35 @@ struct SliceRows {
   }
 };
 
-// s^-beta for four bases, in `powers`: one question for all of them whether they are ordinary.
-template <Beta kBeta, class A>
-inline void inverse_powers(const Vec<A> (&s)[kSlice], A beta, Vec<A> (&powers)[kSlice]) {
+// s^-beta for the bases of a slice, in `powers`: one question for all whether they are ordinary.
+template <Beta kBeta, class S, class A>
+inline void inverse_powers(const Block<S> (&s)[kSlice], A beta, Block<S> (&powers)[kSlice]) {
   StrangeValues<A> strange;
-  for (int64_t j = 0; j < kSlice; ++j) powers[j] = ordinary_power<kBeta>(s[j], beta, strange);
+  for (int p = 0; p < kParts<S>; ++p) {
+    for (int64_t j = 0; j < kSlice; ++j) {
+      powers[j].part[p] = ordinary_power<kBeta, S>(s[j].part[p], beta, strange);
+    }
+  }
   if (__builtin_expect(!strange.any(), 1)) return;
-  for (int64_t j = 0; j < kSlice; ++j) powers[j] = inverse_power<kBeta>(s[j], beta);
+  for (int64_t j = 0; j < kSlice; ++j) {
+    powers[j] = by_part<S>([&](int p) { return exact_power<kBeta>(s[j].part[p], beta); });
+  }
 }
 
 // The first `count` pixels from the i-th on: inputs under the windows of a slice, and s of its
 // channels.
 template <class S, class A>
 inline void load_slice(const SliceRows<S>& under, const LrnWindow<A>& window, int64_t i,
-                       int64_t count, Vec<A> (&values)[kSliceRows], Vec<A> (&bases)[kSlice]) {
-  Vec<A> squares[kSliceRows];
+                       int64_t count, Block<S> (&values)[kSliceRows], Block<S> (&bases)[kSlice]) {
   for (int64_t j = 0; j < kSliceRows; ++j) {
-    values[j] = load_up_to(under.rows[j] + i, count);
-    squares[j] = values[j] * values[j];
+    values[j] = load_block_up_to(under.rows[j] + i, count);
   }
-  sums_of_five(squares, bases);
-  for (int64_t j = 0; j < kSlice; ++j) bases[j] = window.base(bases[j]);
+  for (int p = 0; p < kParts<S>; ++p) {
+    Vec<A> squares[kSliceRows], sums[kSlice];
+    for (int64_t j = 0; j < kSliceRows; ++j) squares[j] = values[j].part[p] * values[j].part[p];
+    sums_of_five(squares, sums);
+    for (int64_t j = 0; j < kSlice; ++j) bases[j].part[p] = window.base(sums[j]);
+  }
 }
 
 // y = lrn(x). Loads each input twice, the second time from L1, and stores each output once.
@@ -88,13 +97,16 @@ class PlaneNormalizer5 final : public LrnForward<S> {
     const SliceRows<S> under(c, window.group_channels, zeros_,
                              [&](int64_t channel) { return x + channel * x_stride; });
     const S* ahead = x + (c + kSliceRows - 2) * x_stride;  // what the next slice adds
-    for (int64_t i = 0; i < count; i += kWidth) {
-      Vec<A> values[kSliceRows], bases[kSlice], powers[kSlice];
+    for (int64_t i = 0; i < count; i += kBlock<S>) {
+      Block<S> values[kSliceRows], bases[kSlice], powers[kSlice];
       load_slice(under, window, i, count - i, values, bases);
-      inverse_powers<kBeta, A>(bases, window.beta, powers);
+      inverse_powers<kBeta>(bases, window.beta, powers);
       for (int64_t j = 0; j < kSlice; ++j) __builtin_prefetch(ahead + j * x_stride + i);
       for (int64_t j = 0; j < kSlice; ++j) {
-        if (j < channels) store_up_to(y + j * y_stride + i, values[2 + j] * powers[j], count - i);
+        if (j >= channels) break;
+        const auto result =
+            by_part<S>([&](int p) { return values[2 + j].part[p] * powers[j].part[p]; });
+        store_block_up_to(y + j * y_stride + i, result, count - i);
       }
     }
   }
@@ -104,8 +116,8 @@ class PlaneNormalizer5 final : public LrnForward<S> {
   S zeros_[kPlaneBlock] = {};
 };
 
-// gx as in PixelGradient. One slice makes its products, and the slice before it, whose windows they
-// complete, its gradients.
+// gx as in PixelGradient; the rings hold the parts of a block one after the other. One slice makes
+// its products, and the slice before it, whose windows they complete, its gradients.
 template <class S, class G, Beta kBeta>
 class PlaneGradient5 final : public LrnBackward<S, G> {
   using A = compute_t<S>;
@@ -150,20 +162,29 @@ class PlaneGradient5 final : public LrnBackward<S, G> {
     const int64_t channels = std::min(kSlice, window.group_channels - c);
     const SliceRows<S> under(c, window.group_channels, zeros_,
                              [&](int64_t channel) { return x + channel * x_stride; });
+    const S* x_ahead = x + (c + kSliceRows - 2) * x_stride;  // what the next slice adds
+    const G* g_ahead = g + (c + kSlice) * g_stride;
     A *product_rows[kSlice], *direct_rows[kSlice];
     for (int64_t j = 0; j < kSlice; ++j) {
       product_rows[j] = product(c + j);
       direct_rows[j] = direct(c + j);
     }
-    for (int64_t i = 0; i < count; i += kWidth) {
-      Vec<A> values[kSliceRows], bases[kSlice], powers[kSlice];
+    for (int64_t i = 0; i < count; i += kBlock<S>) {
+      Block<S> values[kSliceRows], bases[kSlice];
       load_slice(under, window, i, count - i, values, bases);
-      inverse_powers<kBeta, A>(bases, window.beta, powers);
+      for (int64_t j = 0; j < kSlice; ++j) {
+        __builtin_prefetch(x_ahead + j * x_stride + i);
+        __builtin_prefetch(g_ahead + j * g_stride + i);
+      }
       for (int64_t j = 0; j < kSlice; ++j) {
         if (j >= channels) break;
-        const Vec<A> own = load_up_to(g + (c + j) * g_stride + i, count - i) * powers[j];
-        store(direct_rows[j] + i, own);
-        store(product_rows[j] + i, own * values[2 + j] / bases[j]);
+        const auto grad = load_split_up_to<S>(g + (c + j) * g_stride + i, count - i);
+        for (int p = 0; p < kParts<S>; ++p) {
+          const auto [direct, product] = gradient_terms<kBeta, S>(
+              grad.part[p], values[2 + j].part[p], bases[j].part[p], window.beta);
+          store(direct_rows[j] + i + p * kWidth, direct);
+          store(product_rows[j] + i + p * kWidth, product);
+        }
       }
     }
   }
@@ -175,15 +196,22 @@ class PlaneGradient5 final : public LrnBackward<S, G> {
                              [&](int64_t channel) { return product(channel); });
     const A* direct_rows[kSlice];
     for (int64_t j = 0; j < kSlice; ++j) direct_rows[j] = direct(c + j);
-    for (int64_t i = 0; i < count; i += kWidth) {
-      Vec<A> products[kSliceRows], sums[kSlice];
-      for (int64_t j = 0; j < kSliceRows; ++j) products[j] = load(under.rows[j] + i);
-      sums_of_five(products, sums);
+    for (int64_t i = 0; i < count; i += kBlock<S>) {
+      Block<S> sums[kSlice];
+      for (int p = 0; p < kParts<S>; ++p) {
+        Vec<A> products[kSliceRows], of_part[kSlice];
+        for (int64_t j = 0; j < kSliceRows; ++j) products[j] = load(under.rows[j] + i + p * kWidth);
+        sums_of_five(products, of_part);
+        for (int64_t j = 0; j < kSlice; ++j) sums[j].part[p] = of_part[j];
+      }
       for (int64_t j = 0; j < kSlice; ++j) {
         if (j >= channels) break;
-        const Vec<A> v = coefficient * load_up_to(x + (c + j) * x_stride + i, count - i);
-        store_up_to(gx + (c + j) * gx_stride + i,
-                    fused_multiply_add(v, sums[j], load(direct_rows[j] + i)), count - i);
+        const auto value = load_block_up_to(x + (c + j) * x_stride + i, count - i);
+        const auto gradient = by_part<S>([&](int p) {
+          return fused_multiply_add(coefficient * value.part[p], sums[j].part[p],
+                                    load(direct_rows[j] + i + p * kWidth));
+        });
+        store_block_up_to(gx + (c + j) * gx_stride + i, gradient, count - i);
       }
     }
   }

@@ -55,17 +55,21 @@ class PixelPool {
     if constexpr (kCount != 0) count = kCount;
     const S* const* sources = sources_.data();
     const int* taps = taps_.data();
-    for (int64_t c = 0; c < channels_; c += kWidth) {
+    for (int64_t c = 0; c < channels_; c += kBlock<S>) {
       const int64_t left = channels_ - c;
-      const auto tap = [&](int64_t t) { return load_up_to(sources[t] + c, left); };
+      const auto tap = [&](int64_t t) { return load_block_up_to(sources[t] + c, left); };
       if constexpr (kTrack) {
-        Winner<A, true> winner;
-        winner.start(tap(0), taps[0]);
-        for (int64_t t = 1; t < count; ++t) winner.challenge(tap(t), taps[t]);
-        store_up_to(y + c, winner.value, left);
-        store_lanes(offsets + c, winner.tap, left);
+        Winner<A, true> winners[kParts<S>];
+        const auto first = tap(0);
+        for (int p = 0; p < kParts<S>; ++p) winners[p].start(first.part[p], taps[0]);
+        for (int64_t t = 1; t < count; ++t) {
+          const auto v = tap(t);
+          for (int p = 0; p < kParts<S>; ++p) winners[p].challenge(v.part[p], taps[t]);
+        }
+        store_block_up_to(y + c, by_part<S>([&](int p) { return winners[p].value; }), left);
+        store_block_lanes<S>(offsets + c, [&](int p) { return winners[p].tap; }, left);
       } else {
-        store_up_to(y + c, largest<A>(count, tap), left);
+        store_block_up_to(y + c, largest<S>(count, tap), left);
       }
     }
   }
@@ -174,6 +178,18 @@ class PixelUnpool {
     const Term* terms = terms_.data();
     const int64_t channels = grad_.channels;
     int64_t c = 0;
+    if constexpr (kParts<S> == 2 && sizeof(Offset) == 1) {
+      for (; c < channels; c += kBlock<S>) {
+        Block<S> sum{};
+        for (int64_t t = 0; t < count; ++t) {
+          const auto term =
+              load_chosen(terms[t].grad + c, terms[t].winner + c, terms[t].tap, channels - c);
+          for (int p = 0; p < kParts<S>; ++p) sum.part[p] += term.part[p];
+        }
+        store_split_up_to(gx + c, sum, channels - c);
+      }
+      return;
+    }
     for (; c + kWidth <= channels; c += kWidth) {
       Vec<A> sum{};
       for (int64_t t = 0; t < count; ++t) {

@@ -65,6 +65,22 @@ class PlanePool {
   // False, and nothing stored, where a NaN came up, which a plain maximum loses.
   bool store_largest(const S* const* rows, int64_t count, int64_t start, S* y) {
     StrangeValues<A> nans;
+    if constexpr (kParts<S> == 2) {  // a block's parts are every window's first and second column
+      constexpr A kLowest = -std::numeric_limits<A>::infinity();
+      Vec<A> first = broadcast(kLowest), second = first, third = first;
+      for (int64_t r = 0; r < count; ++r) {
+        const auto [even, odd] = load_block(rows[r] + start).part;
+        const Vec<A> last = load_block(rows[r] + start + 1).part[1];
+        nans.see_nans(even, odd);
+        nans.see_nans(last, last);
+        first = larger<A>(even, first);
+        second = larger<A>(odd, second);
+        third = larger<A>(last, third);
+      }
+      if (__builtin_expect(nans.any(), 0)) return false;
+      store(y, larger<A>(third, larger<A>(second, first)));
+      return true;
+    }
     const auto column = [&](int64_t at) {
       Vec<A> value = load(rows[0] + at);
       nans.see_nans(value, value);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "block.h"
 #include "kernels.h"
 #include "scratch.h"
 #include "vec.h"
@@ -28,31 +29,41 @@ struct Winner {
   }
 };
 
-// The largest of the vectors that at(0) to at(count - 1) give, NaN winning, without tracking where
+// The largest of the blocks that at(0) to at(count - 1) give, NaN winning, without tracking where
 // it came from. One maximum a vector, and a comparison to notice a NaN, which is rare; then the
 // careful way.
-template <class A, class At>
-inline Vec<A> largest(int64_t count, At&& at) {
-  Vec<A> value = at(0);
+template <class S, class At>
+inline Block<S> largest(int64_t count, At&& at) {
+  using A = compute_t<S>;
+  Block<S> value = at(0);
   StrangeValues<A> nans;
+  const auto join = [&](const Block<S>& v) {
+    value = by_part<S>([&](int p) { return larger<A>(v.part[p], value.part[p]); });
+  };
+  const auto see = [&](const Block<S>& v, const Block<S>& w) {
+    for (int p = 0; p < kParts<S>; ++p) nans.see_nans(v.part[p], w.part[p]);
+  };
   int64_t t = 1;
   if (count % 2 == 0) {
-    const Vec<A> v = at(t++);
-    nans.see_nans(value, v);
-    value = larger<A>(v, value);
+    const Block<S> v = at(t++);
+    see(value, v);
+    join(v);
   } else {
-    nans.see_nans(value, value);
+    see(value, value);
   }
   for (; t < count; t += 2) {
-    const Vec<A> v = at(t), w = at(t + 1);
-    nans.see_nans(v, w);
-    value = larger<A>(w, larger<A>(v, value));
+    const Block<S> v = at(t), w = at(t + 1);
+    see(v, w);
+    join(v);
+    join(w);
   }
   if (__builtin_expect(!nans.any(), 1)) return value;
-  Winner<A, false> winner;
-  winner.start(at(0), 0);
-  for (t = 1; t < count; ++t) winner.challenge(at(t), 0);
-  return winner.value;
+  return by_part<S>([&](int p) {
+    Winner<A, false> winner;
+    winner.start(at(0).part[p], 0);
+    for (t = 1; t < count; ++t) winner.challenge(at(t).part[p], 0);
+    return winner.value;
+  });
 }
 
 // Taps of a window that starts at `start` (negative in the padding): [first, last) lie inside [0,

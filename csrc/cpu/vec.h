@@ -216,6 +216,13 @@ inline Vec<compute_t<S>> load_strided(const S* p, int64_t stride) {
   constexpr int kWidth = kLanes<A>;
   if (stride == 1) return load(p);
   if (stride == 2) {
+#if defined(__AVX512BW__)
+    if constexpr (std::is_same_v<S, bfloat16>) {  // the low halves of words; the last high half is
+                                                  // not read
+      const __m512i words = _mm512_maskz_loadu_epi16(0x7fffffff, p);
+      return (F32)_mm512_slli_epi32(words, 16);
+    }
+#endif
     // The second load starts one early, so that it ends with the last element wanted.
     const Vec<A> low = load(p), high = load(p + kWidth - 1);
     return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
@@ -378,14 +385,19 @@ class StrangeValues {
       seen_ |= _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_UNORD_Q);
     }
   }
+  // By integers, for which there are execution units to spare: what is NaN, zero, infinite,
+  // subnormal or negative lies further above the least normal number than the largest does.
   void see_unless_positive_normal(F32 v) {
-    constexpr int kEveryOtherClass = 0xff;  // NaN, zero, infinite, subnormal or negative
-    seen_ |= _mm512_fpclass_ps_mask((__m512)v, kEveryOtherClass);
+    const __m512i above = _mm512_sub_epi32((__m512i)v, _mm512_set1_epi32(0x00800000));
+    farthest_ = _mm512_max_epu32(farthest_, above);
   }
-  bool any() const { return seen_ != 0; }
+  bool any() const {
+    return (seen_ | _mm512_cmpgt_epu32_mask(farthest_, _mm512_set1_epi32(0x7effffff))) != 0;
+  }
 
  private:
   unsigned seen_ = 0;
+  __m512i farthest_ = _mm512_setzero_si512();
 #else
   void see_nans(Vec<T> a, Vec<T> b) { ordinary_ &= (a == a) & (b == b); }
   void see_unless_positive_normal(F32 v) { ordinary_ &= (v >= FLT_MIN) & (v <= FLT_MAX); }
