@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import bench_lrn, bench_max_pool
 from benchmarks.cases import Case
-from benchmarks.operation import Operation
+from benchmarks.operation import Operation, cases_of_maps
 from fastalex import costs, ops
 
 ARGUMENTS = (*bench_lrn.ARGUMENTS, *bench_max_pool.GEOMETRY[:3])
@@ -43,11 +43,4 @@ def operation(shape: tuple[int, ...]) -> Operation:
 
 
 def cases() -> Iterator[Case]:
-    for name, size in bench_lrn.MAPS.items():
-        for batch in (32, 1):
-            rows = operation((batch, *size))
-            label = f"{name}-b{batch}"
-            quick = name == "conv1" and batch == 32
-            yield from rows.cases(label, ("f32",), ("", "-nhwc"), full=not quick)
-            yield from rows.cases(label, ("bf16",), ("", "-nhwc"), full=True)
-    yield from operation((1, 1, 3, 3)).overhead()
+    return cases_of_maps(operation, bench_lrn.MAPS, bf16_is_full=True)

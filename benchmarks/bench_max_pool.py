@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.operation import Operation
+from benchmarks.operation import Operation, cases_of_maps
 from fastalex import costs, ops
 
 GEOMETRY = ((3, 3), (2, 2), (0, 0), (1, 1))  # kernel, stride, padding, dilation
@@ -47,12 +47,4 @@ def operation(shape: tuple[int, ...]) -> Operation:
 
 
 def cases() -> Iterator[Case]:
-    for name, size in MAPS.items():
-        for batch in (32, 1):
-            rows = operation((batch, *size))
-            label = f"{name}-b{batch}"
-            quick = name == "conv1" and batch == 32
-            yield from rows.cases(label, ("f32",), ("", "-nhwc"), full=not quick)
-            yield from rows.cases(label, ("bf16",), ("",), full=not quick)
-            yield from rows.cases(label, ("bf16",), ("-nhwc",), full=True)
-    yield from operation((1, 1, 3, 3)).overhead()
+    return cases_of_maps(operation, MAPS)

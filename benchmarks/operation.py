@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,3 +116,20 @@ class Operation:
                 functools.partial(prepare, dtype, False),
                 (),
             )
+
+
+def cases_of_maps(
+    operation: Callable[[tuple[int, ...]], Operation],
+    maps: Mapping[str, tuple[int, ...]],
+    bf16_is_full: bool = False,
+) -> Iterator[Case]:
+    """Rows of an operator without weights on AlexNet's maps [C, H, W]: conv1's at batch 32 are in a default run."""
+    for name, size in maps.items():
+        for batch in (32, 1):
+            rows = operation((batch, *size))
+            label = f"{name}-b{batch}"
+            quick = name == "conv1" and batch == 32
+            yield from rows.cases(label, ("f32",), ("", "-nhwc"), full=not quick)
+            yield from rows.cases(label, ("bf16",), ("",), full=not quick or bf16_is_full)
+            yield from rows.cases(label, ("bf16",), ("-nhwc",), full=True)
+    yield from operation((1, 1, 3, 3)).overhead()
