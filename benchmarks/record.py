@@ -1,7 +1,7 @@
 """Makes runs the ones that the documents show: ``python benchmarks/record.py out/results.json [out/peers.json]``.
 
-Keeps the rows as docs/figures/*.json, and writes from them the tables between the marks of README.md and
-docs/benchmarks.md and the plots in docs/figures. A test asks that the documents are what the rows kept there give.
+Keeps the rows as docs/figures/*.json, and writes from them the tables between the marks of README.md and of
+documents in docs, and the plots in docs/figures. A test asks that the documents are what the rows kept there give.
 """
 
 from __future__ import annotations
@@ -32,6 +32,21 @@ RUNS = {
     "peers": "python benchmarks/run.py --cases 'alexnet/infer/f32/*' "
     "--providers eager,compile,fastalex,onnxruntime,openvino --json out/peers.json",
 }
+
+#: What docs/paper-to-code.md shows beside the paper's sections: its network's layers, fastalex against stock.
+LAYERS = (
+    *(f"conv_relu/fwd/f32/conv{number}-b32-nhwc" for number in range(1, 6)),
+    *(
+        f"{op}/{kind}/f32/conv1-b32-nhwc"
+        for op in ("lrn", "max_pool", "lrn_max_pool")
+        for kind in ("fwd", "fwdbwd")
+    ),
+    "linear_relu/fwd/f32/fc6-b32",
+    "augment/fwd/f32/b32",
+    "alexnet/infer/f32/b32",
+    "alexnet/train/f32/b32",
+)
+PAIR = ("eager", "fastalex")
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ def keep(source: Path, name: str, folder: Path = FIGURES) -> None:
 
 
 def table(run: Run, rows: Sequence[Row], notes: bool = False) -> str:
-    lines = report.markdown(rows, run.providers)
+    present = {row.provider for row in rows}
+    lines = report.markdown(rows, [name for name in run.providers if name in present])
     text = f"{lines}\n\nMeasured by `{RUNS[run.name]}` on {run.provenance}."
     if notes:
         text += f" {report.legend(run.roof, run.environment)}\n"
@@ -100,9 +116,11 @@ def table(run: Run, rows: Sequence[Row], notes: bool = False) -> str:
 def blocks(results: Run, peers: Run) -> dict[str, dict[str, str]]:
     """The text between each pair of marks, by document."""
     network = [row for row in results.rows if row.case.startswith("alexnet/")]
+    layers = [row for row in results.rows if row.case in LAYERS and row.provider in PAIR]
     link = "Ratios, not times, are comparable: the machine is virtual and drifts."
     return {
         "README.md": {"network": f"{table(results, network)} {link}"},
+        "docs/paper-to-code.md": {"layers": table(results, layers)},
         "docs/benchmarks.md": {
             "all": table(results, results.rows, notes=True),
             "peers": table(peers, peers.rows),
