@@ -33,7 +33,7 @@ def library_error() -> str | None:
     return _native.load(
         "_cuda",
         "CUDA library",
-        "install the CUDA toolkit (nvcc), then reinstall with FASTALEX_BUILD=cuda",
+        "install the CUDA toolkit (nvcc), then reinstall: FASTALEX_BUILD=cuda",
     )
 
 
@@ -48,7 +48,7 @@ def planner_error() -> str | None:
     reason = _native.load(
         "_cuda_plan",
         "CUDA launch planner",
-        "install a C++20 compiler, then reinstall with FASTALEX_BUILD=cpu",
+        "install a C++20 compiler, then reinstall: FASTALEX_BUILD=cpu",
     )
     if reason is None:
         (path,) = pathlib.Path(__file__).parent.glob("_cuda_plan.*so")

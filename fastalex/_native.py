@@ -94,7 +94,7 @@ def set_poison(enabled: bool) -> None:
 error = load(
     "_cpu",
     "CPU library",
-    "install a C++20 compiler, then reinstall with FASTALEX_BUILD=cpu",
+    "install a C++20 compiler, then reinstall: FASTALEX_BUILD=cpu",
 )
 if error is None:
     _cap_isa()
