@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_a_file_says_why_it_exists_and_is_short(path):
     assert len(opening(path).split()) >= 3, "no reason in its first line"
     if str(path) not in LONG:
         assert text.count("\n") <= ABOUT, "a second idea has moved in: split it"
+
+
+def test_few_native_files_know_torch():
+    """Those that docs/design.md names."""
+    folder = ROOT / "csrc/cpu"
+    sources = [path for path in folder.rglob("*") if path.suffix in (".cpp", ".h")]
+    knowing = {path for path in sources if "#include <torch/" in path.read_text()}
+    named = re.search(r"native library\. (.*) know torch", (ROOT / "docs/design.md").read_text())[1]
+    allowed = {path for glob in re.findall(r"`(.*?)`", named) for path in folder.glob(glob)}
+    assert knowing <= allowed
 
 
 @pytest.mark.parametrize("name", ["Makefile", "mkdocs.yml", "MANIFEST.in", "constraints.txt"])
