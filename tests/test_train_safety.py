@@ -164,6 +164,19 @@ def test_weights_that_are_not_numbers_are_never_saved(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_run_that_had_ended_says_so(tmp_path, monkeypatch):
+    run = train_tiny.trainer(tmp_path, epochs=1)
+    said = []
+    monkeypatch.setattr(run.screen, "say", said.append)
+    run.fit()
+    assert not any("had ended" in line for line in said)
+    again = train_tiny.trainer(tmp_path, epochs=1)
+    again.resume()
+    monkeypatch.setattr(again.screen, "say", said.append)
+    again.fit()
+    assert said[-1] == "the run had ended after epoch 1: nothing is trained"
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
     run = train_tiny.trainer(tmp_path, epochs=1)
     run.fit()

@@ -104,6 +104,8 @@ class Trainer:
         self._prepare()
         options, progress = self.options, self.progress
         assert options.epochs is not None
+        if progress.epoch >= options.epochs or self._has_stopped_early():
+            self.screen.say(f"the run had ended after epoch {progress.epoch}: nothing is trained")
         batches = TrainingBatches(
             self.data.train,
             self.pipeline,
