@@ -68,7 +68,8 @@ class Kernel:
 
     ``candidates`` gives, of each keyword argument of ``run`` that configures it, the values worth measuring, the one
     taken unmeasured first. A ``contested`` kernel is preferred to stock torch only once measured. ``note`` says which
-    kernel a call would run, and why.
+    kernel a call would run, and why. One that ``masks`` takes as ``known`` which of its tensors are a ReLU's, and masks
+    gradients accordingly.
     """
 
     backend: str
@@ -77,6 +78,7 @@ class Kernel:
     candidates: Callable[..., Mapping[str, Sequence[Any]]] | None = None
     contested: bool = False
     note: Callable[..., str] | None = None
+    masks: bool = False
 
 
 class KernelTable:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import _layout as layout
 from ._common import mma, narrow, program_index, widen
+
+BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -48,10 +53,28 @@ def weights(w, o, c, CONV: tl.constexpr, WS: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(acc, gx, image, h, v, c, group, m_ok, DS: tl.constexpr, CONV: tl.constexpr):
-    """A [BM, BN] tile of gx."""
+def store_gradient(
+    acc,
+    gx,
+    x,
+    image,
+    h,
+    v,
+    c,
+    group,
+    m_ok,
+    DS: tl.constexpr,
+    XS: tl.constexpr,
+    CONV: tl.constexpr,
+    RECTIFIED: tl.constexpr,
+):
+    """A [BM, BN] tile of gx, zero where a RECTIFIED x is."""
     ok = m_ok[:, None] & (c < CONV.inputs)[None, :]
     channel = group * CONV.inputs + c
+    if RECTIFIED:
+        at = (image * XS.image + h * XS.row + v * XS.column)[:, None]
+        made = tl.load(x + (at + (channel * XS.channel)[None, :]), mask=ok, other=0.0)
+        acc = tl.where(widen(made) <= 0, 0.0, acc)
     at = (image * DS.image + h * DS.row + v * DS.column)[:, None] + (channel * DS.channel)[None, :]
     tl.store(gx + at, narrow(acc, gx.dtype.element_ty), mask=ok)
 
@@ -61,11 +84,14 @@ def conv_input_gradient(
     dz,
     w,
     gx,
+    x,
     batch,
     ZS: tl.constexpr,
     WS: tl.constexpr,
     DS: tl.constexpr,
+    XS: tl.constexpr,
     CONV: tl.constexpr,
+    RECTIFIED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BM: tl.constexpr,
@@ -74,6 +100,7 @@ def conv_input_gradient(
     BK: tl.constexpr,
 ):
     """gx [N, C, H, W] from dz [N, O, OH, OW] and w [O, C/groups, R, S]; program_id(1) is the phase.
+    x only where it is RECTIFIED: a ReLU's output, whose mask gx takes.
 
     M = N * ceil(H/SH) * ceil(W/SW) pixels of the phase, N = input channels of one group, K = its
     taps x O/groups.
@@ -147,6 +174,17 @@ def conv_input_gradient(
         acc = mma(a, weights(tap, o, c, CONV, WS, BK), acc, PRECISION)
         if BN2 > 0:
             acc2 = mma(a, weights(tap, o, c2, CONV, WS, BK), acc2, PRECISION)
-    store_gradient(acc, gx, image, h, v, c, group, m_ok, DS, CONV)
+    store_gradient(acc, gx, x, image, h, v, c, group, m_ok, DS, XS, CONV, RECTIFIED)
     if BN2 > 0:
-        store_gradient(acc2, gx, image, h, v, c2, group, m_ok, DS, CONV)
+        store_gradient(acc2, gx, x, image, h, v, c2, group, m_ok, DS, XS, CONV, RECTIFIED)
+
+
+def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
+    """The gradient behind the ReLU that made output, in one pass."""
+    g, y = (t.contiguous(memory_format=layout.memory_format(last)) for t in (grad, output))
+    dz = torch.empty_like(y)
+    if dz.numel():
+        mask_gradient[(triton.cdiv(dz.numel(), BLOCK),)](
+            g, y, dz, dz.numel(), layout.needs_wide(dz), BLOCK
+        )
+    return dz

@@ -1,7 +1,8 @@
 """The kernel of max-pooling's gradient, of x itself or back through LRN(x) too.
 
 It gathers: each input pixel looks up the windows that cover it, so there are no atomics. It reads
-the gradient and the saved taps once (and x once where it goes back through LRN) and writes gx once.
+the gradient and the saved taps once (and x once where it goes back through LRN, or masks the gradient by the ReLU that
+made x) and writes gx once.
 """
 # ruff: noqa: RUF005, B007 - Triton's tuples are joined, not unpacked
 
@@ -67,18 +68,26 @@ def write_gradient(
     XS: tl.constexpr,
     DS: tl.constexpr,
     NORM: tl.constexpr,
+    RECTIFIED: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Stores a pixel's gradient, sent back through LRN where there is one."""
+    """Stores a pixel's gradient, sent back through LRN where there is one, and zero where a RECTIFIED x is."""
     if DS.channel == 1:
         at_gx = tl.multiple_of(at_gx, VEC)
         at_x = tl.multiple_of(at_x, VEC)
     if NORM is None:
-        store_tile(gx, at_gx, pack(grads), ok, DS.channel)
+        tile = pack(grads)
+        if RECTIFIED:
+            v = load_span(x, at_x, c, ok, 0, 0, 1, XS.channel, VEC)
+            tile = tl.where(pack(v) <= 0, 0.0, tile)
+        store_tile(gx, at_gx, tile, ok, DS.channel)
     else:
         REACH: tl.constexpr = NORM.left + NORM.right
         v = load_span(x, at_x, c, ok, REACH, REACH, NORM.group, XS.channel, VEC)
-        store_tile(gx, at_gx, input_gradient(v, grads, c, NORM, VEC), ok, DS.channel)
+        tile = input_gradient(v, grads, c, NORM, VEC)
+        if RECTIFIED:
+            tile = tl.where(pack(v[REACH : REACH + VEC]) <= 0, 0.0, tile)
+        store_tile(gx, at_gx, tile, ok, DS.channel)
 
 
 @triton.jit(do_not_specialize=["lanes"])
@@ -95,13 +104,14 @@ def pool_backward(
     CHANNELS: tl.constexpr,
     POOL: tl.constexpr,
     NORM: tl.constexpr,
+    RECTIFIED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """gx [N, CHANNELS, rows, columns] from g and the taps [N, CHANNELS, out_rows, out_columns]; x
-    only with NORM.
+    only with NORM, or where it is RECTIFIED: a ReLU's output, whose mask gx takes.
 
     lanes = N * block_rows * block_columns * CHANNELS / VEC. By blocks, a lane owns sh x sw pixels:
     3x3/2 then looks at 9 window-pixel pairs for 4 pixels and loads each of its 4 windows once.
@@ -171,6 +181,7 @@ def pool_backward(
                     XS,
                     DS,
                     NORM,
+                    RECTIFIED,
                     VEC,
                 )
     else:
@@ -214,5 +225,6 @@ def pool_backward(
             XS,
             DS,
             NORM,
+            RECTIFIED,
             VEC,
         )

@@ -9,17 +9,20 @@ FLOPs are the forward's for each of gx and gw. Compulsory bytes: dz and w read, 
 read, gw and gb written. K is taps times output channels for gx and pixels for gw.
 
 Where the mask is applied, in maps of y's size moved (g, y and dz are one each):
-    made masked by another kernel of ours (grad_is_masked)    gw 1 + gx 1                     2
-    a pass of its own, then both products                     pass 3 + gw 1 + gx 1            5
-    at load in gw, no gx wanted (a network's first layer)     gw 2                            2, else 4
-    at load in both products                                  gw 2 + gx 2                     4
-So a first layer masks at load: conv1's map is 45 % of all such bytes, and a pass over it costs twice what
-gw itself must move. Elsewhere the pass stays, though it moves one map more: at load, y is copied
-beside g for every tile of products again, and gw, which is bound by the instructions it issues, issues
-29 % more of them (conv2 on sm_90: 38 us of issue at least, against 43 us of the pass's bytes), gx some
-more still; on sm_8x they are 75 % more and registers spill. Nor can the kernel that makes g mask it on
-its own: g is the gradient of y, which a hook or autograd.grad may ask for. Only an operator that
-keeps y to itself could.
+    where g is made, by a kernel that reads y for it     (1 of y) gw 1 + gx 1                 3
+    the same, of LRN and a pool, which reads y anyway             gw 1 + gx 1                 2
+    a pass of its own, then both products                pass 3 + gw 1 + gx 1                 5
+    at load in gw, no gx wanted (a network's first layer)         gw 2                        2, else 4
+    at load in both products                                      gw 2 + gx 2                 4
+The first two are for maps that nobody else sees, inside a chain of layers (fastalex/ops/_chain.py): g
+is the gradient of y, which a hook or autograd.grad may ask for whole. The paper's network is three such
+chains, so no pass is left in it: of 650,080 values an image in its maps, 3 x 359,680 are moved less,
+276 MB a step of 128 in bfloat16, for 173,056 (conv3 to conv5) read once more; and conv1, masked at load
+before, reads 290,400 fewer. A convolution that stands alone keeps the pass, or, as a first layer, masks
+at load. At load in both products moves a map less than the pass, but copies y beside g for every tile
+of products again, and gw, which is bound by the instructions it issues, issues 29 % more of them (conv2
+on sm_90: 38 us of issue at least, against 43 us of the pass's bytes), gx some more still; on sm_8x they
+are 75 % more and registers spill.
 
 Padding of the products at batch 128, per cent of gx and of gw: conv2 0 and 6.7, conv3 0 and 0, conv4 0
 and 0, conv5 0 and 3.7, conv1 28 (_conv_image_gradient.py; training never asks for it) and 5.8 (eleven
@@ -52,11 +55,9 @@ from ._configs import (
 )
 from ._conv import Conv, float32_precision, geometry, refuse_conv
 from ._conv_image_gradient import block_tiles, by_blocks, run_image_gradient
-from ._conv_input_gradient import conv_input_gradient, mask_gradient
+from ._conv_input_gradient import BLOCK, conv_input_gradient, masked
 from ._conv_weight_gradient import conv_weight_gradient, sum_parts
 from ._refuse import refuse_four_axes, refuse_tensors
-
-BLOCK = 1024
 
 
 def refuse_conv_relu_backward(
@@ -121,13 +122,15 @@ def conv_relu_backward(
     output_mask,
     *,
     grad_is_masked: bool = False,
+    rectified_input: bool = False,
     precision: str | None = None,
     input_tile: ConvTile | None = None,
     weight_tile: ConvTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_weight, grad_bias), each of size 0 where output_mask doesn't ask for it.
 
-    grad_is_masked: grad is zero wherever output is.
+    grad_is_masked: grad is zero wherever output is. rectified_input: a ReLU made input, and grad_input shall take its
+    mask.
     """
     x = layout.readable(input)
     last = layout.is_channels_last(x)
@@ -144,8 +147,14 @@ def conv_relu_backward(
     if output_mask[0]:
         gx = layout.empty(x, tuple(x.shape), last)
         if gx.numel():
-            run = run_image_gradient if by_blocks(conv) else run_input_gradient
-            run(dz, weight, gx, conv, last, precision, input_tile)
+            masks = rectified_input and last and not by_blocks(conv)  # NCHW on sm_100 would spill
+            if by_blocks(conv):
+                run_image_gradient(dz, weight, gx, conv, last, precision, input_tile)
+            else:
+                made = x if masks else None
+                run_input_gradient(dz, weight, gx, conv, last, precision, input_tile, made)
+            if rectified_input and not masks:
+                gx = masked(gx, x, last)
     if output_mask[1]:
         gw = empty_in_layout(weight, weight.shape)
         gb = weight.new_empty(weight.shape[0] if output_mask[2] else 0)
@@ -153,17 +162,6 @@ def conv_relu_backward(
     elif output_mask[2]:
         gb = dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
     return gx, gw, gb
-
-
-def masked(grad: Tensor, output: Tensor, last: bool) -> Tensor:
-    """The gradient behind the ReLU, in one pass."""
-    g, y = (t.contiguous(memory_format=layout.memory_format(last)) for t in (grad, output))
-    dz = torch.empty_like(y)
-    if dz.numel():
-        mask_gradient[(triton.cdiv(dz.numel(), BLOCK),)](
-            g, y, dz, dz.numel(), layout.needs_wide(dz), BLOCK
-        )
-    return dz
 
 
 def run_input_gradient(
@@ -174,8 +172,11 @@ def run_input_gradient(
     last: bool,
     precision: str,
     tile: ConvTile | None,
+    rectified: Tensor | None = None,
 ) -> None:
+    """rectified: the input of which gx is the gradient, where a ReLU made it whose mask gx takes."""
     arch = architecture(gx.device)
+    x = gx if rectified is None else rectified
     tile = tile or input_gradient_tiles(conv, last, dz.shape[0], dz.dtype, precision, arch)[0]
     pixels = dz.shape[0] * triton.cdiv(conv.rows, conv.sh) * triton.cdiv(conv.columns, conv.sw)
     columns = triton.cdiv(conv.inputs, tile.n + tile.n2) * conv.groups
@@ -183,13 +184,16 @@ def run_input_gradient(
         dz,
         w,
         gx,
+        x,
         dz.shape[0],
         layout.strides(dz),
         layout.strides(w),
         layout.strides(gx),
+        layout.strides(x),
         conv,
+        rectified is not None,
         precision,
-        layout.needs_wide(dz, gx),
+        layout.needs_wide(dz, gx, x),
         tile.m,
         tile.n,
         tile.n2,

@@ -21,9 +21,10 @@ from ._configs import (
     weight_gradient_tiles,
 )
 from ._conv import Conv, forward_scheme
+from ._conv_input_gradient import masked
 from ._refuse import refuse_tensors
 from .conv_relu import run_forward
-from .conv_relu_backward import masked, run_input_gradient, run_weight_gradient
+from .conv_relu_backward import run_input_gradient, run_weight_gradient
 
 
 def float32_precision() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._configs import Launch, pool_launches
+from ._conv_input_gradient import masked
 from ._refuse import refuse_four_axes, refuse_normalisation, refuse_tensors
 from .lrn import WIDEST_WINDOW, lrn, lrn_backward, normalisation
 from .max_pool import (
@@ -130,11 +131,13 @@ def lrn_max_pool_backward(
     padding,
     *,
     launch: Launch | None = None,
+    rectified: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of input."""
+    """The gradient of input; rectified: input again, where a ReLU made it whose mask the gradient shall take."""
     norm = normalisation(input.shape[1], size, scale, beta, k, groups)
     if norm.window > WIDEST_WINDOW:
         g = max_pool_backward(grad, offsets, input.shape[2:], kernel_size, stride, padding, (1, 1))
-        return lrn_backward(g, input, size, scale, beta, k, groups)
+        gx = lrn_backward(g, input, size, scale, beta, k, groups)
+        return gx if rectified is None else masked(gx, input, layout.is_channels_last(gx))
     pool = Pool(*input.shape[2:], *grad.shape[2:], *kernel_size, *stride, *padding, 1, 1)
-    return run_backward(grad, offsets, layout.readable(input), pool, norm, launch)
+    return run_backward(grad, offsets, input, pool, norm, rectified is not None, launch)

@@ -168,11 +168,15 @@ def max_pool_backward(
     dilation,
     *,
     launch: Launch | None = None,
+    rectified: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of max_pool's input, of size input_size, in the layout of the saved offsets."""
+    """The gradient of max_pool's input, of size input_size, in the layout of the saved offsets.
+
+    rectified: the input, where a ReLU made it whose mask the gradient shall take.
+    """
     out = tuple(grad.shape[2:])
     pool = Pool(*input_size, *out, *kernel_size, *stride, *padding, *dilation)
-    return run_backward(grad, offsets, None, pool, None, launch)
+    return run_backward(grad, offsets, rectified, pool, None, rectified is not None, launch)
 
 
 def run_backward(
@@ -181,10 +185,12 @@ def run_backward(
     input: Tensor | None,
     pool: Pool,
     norm,
+    rectified: bool,
     launch: Launch | None,
 ) -> Tensor:
+    """input: what was pooled, needed with norm or where rectified."""
     taps = layout.readable(offsets)
-    last = layout.is_channels_last(taps if input is None else input)
+    last = layout.is_channels_last(taps if norm is None else layout.readable(input))
     taps, g = layout.in_layout(taps, last), layout.in_layout(grad, last)
     n, channels = g.shape[:2]
     gx = layout.empty(g, (n, channels, pool.rows, pool.columns), last)
@@ -210,6 +216,7 @@ def run_backward(
             channels,
             pool,
             norm,
+            rectified,
             last,
             layout.needs_wide(g, taps, x, gx),
             vec,

@@ -114,6 +114,32 @@ def test_a_first_layers_mask_moves_one_map_more_than_the_gradient():
     assert traffic.by_grid("written") == 2 * (2 * g.numel() + gw.numel() + gb.numel())  # dz and gx
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
+def test_a_mask_where_the_gradient_is_made_costs_at_most_a_read(last):
+    """Of the map that was pooled, and none where LRN reads it anyway; a convolution reads its own input once more."""
+    x = sector_aligned((1, 32, 17, 17), torch.float16, last).relu_()
+    y, taps = max_pool(x, *WINDOW, (1, 1), False, True, launch=MANY_LANES)
+    with counting() as traffic:
+        gx = max_pool_backward(y, taps, (17, 17), *WINDOW, (1, 1), rectified=x, launch=MANY_LANES)
+    assert max(moved(traffic, x, y, taps, written=[gx])) <= MOST
+    with counting() as traffic:
+        gx = lrn_max_pool_backward(y, x, taps, *NORM, *WINDOW, rectified=x, launch=MANY_LANES)
+    assert max(moved(traffic, x, y, taps, written=[gx])) <= MOST
+    if last:
+        one, tile = (1, 1), ConvTile(64, 64, 0, 64, 4, 3)
+        x, g = (sector_aligned((1, 64, 8, 8), torch.float16, True) for _ in range(2))
+        weight = sector_aligned((64, 64, 1, 1), torch.float16, True)
+        with counting() as traffic:
+            conv_relu_backward(
+                *(g, g, x, weight, one, (0, 0), one, 1, (True, False, False)),
+                grad_is_masked=True,
+                rectified_input=True,
+                input_tile=tile,
+            )
+        assert traffic.by_program("read") == 2 * (g.numel() + x.numel() + weight.numel())
+        assert traffic.by_program("written") == 2 * x.numel()
+
+
 def test_a_convolution_with_its_pool_writes_no_map():
     """Over the grid, x and w are read and y written once, though patches share pixels."""
     x = sector_aligned((2, 64, 33, 33), torch.float16, True)

@@ -54,6 +54,13 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but gradients has to see the operators that run on these tensors."""
+    return not _is_observed() and all(
+        tensor is None or type(tensor) in _PLAIN_TYPES for tensor in tensors
+    )
+
+
 def gradients_may_follow(*tensors: Tensor | None) -> bool:
     """Whether a backward pass could ask for what this call saves."""
     if _grad_enabled():
@@ -83,6 +90,21 @@ def autocasting(input: Tensor) -> bool:
     """Whether ``input`` is in an autocast region of its device."""
     device = input.device.type
     return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
+def where_forced(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward``, run on the backend that the forward pass was forced to, which it left in ``ctx.forced``.
+
+    Gradients of CUDA tensors are computed in a thread that sees no ``with`` block of its caller.
+    """
+
+    def followed(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced == forced():
+            return backward(ctx, *grads)
+        with use_backend(ctx.forced or "auto"):
+            return backward(ctx, *grads)
+
+    return followed
 
 
 class Operator:
@@ -131,6 +153,15 @@ class Operator:
             _tuning.settle(self.kernels, args)
         return self.kernels.choose(*args).run(*args)
 
+    def run_knowing(self, args: tuple[Any, ...], **known: Any) -> tuple[Any, bool]:
+        """What :meth:`run` gives, and whether the kernel made use of what is ``known`` of its tensors."""
+        if args[0].is_cuda and forced() is None:
+            _tuning.settle(self.kernels, args)
+        kernel = self.kernels.choose(*args)
+        if kernel.masks:
+            return kernel.run(*args, known=known), True
+        return kernel.run(*args), False
+
     def _run_dispatched(self, *args: Any) -> Any:
         return self.run(*_with_tuples(args))
 
@@ -141,18 +172,9 @@ class Operator:
             ctx.forced = forced()
             setup(ctx, _with_tuples(inputs), output)
 
-        def backward_where_forced(ctx: Any, *grads: Any) -> Any:
-            # Gradients of CUDA tensors are computed in a thread that sees no `with` block of its caller.
-            if ctx.forced == forced():
-                return backward(ctx, *grads)
-            with use_backend(ctx.forced or "auto"):
-                return backward(ctx, *grads)
-
+        followed = where_forced(backward)
         torch.library.register_autograd(
-            f"fastalex::{self.name}",
-            backward_where_forced,
-            setup_context=setup_dispatched,
-            lib=LIBRARY,
+            f"fastalex::{self.name}", followed, setup_context=setup_dispatched, lib=LIBRARY
         )
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -164,10 +186,7 @@ class Operator:
         self._function: Any = type(
             f"fastalex_{self.name}",
             (torch.autograd.Function,),
-            {
-                "forward": staticmethod(forward),
-                "backward": staticmethod(backward_where_forced),
-            },
+            {"forward": staticmethod(forward), "backward": staticmethod(followed)},
         )
 
     def differentiate_reference(

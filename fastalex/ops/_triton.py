@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastalex import _tuning
 
+_NOTHING: Mapping[str, Any] = {}
+
 
 @functools.cache
 def _module(name: str) -> Any:
@@ -39,12 +41,12 @@ def _refuse_untouched(first: Tensor) -> str | None:
     return missing()
 
 
-def kernel(module: str, op: str, *, contested: bool = False) -> dict[str, Any]:
+def kernel(module: str, op: str, *, contested: bool = False, masks: bool = False) -> dict[str, Any]:
     """The entry of ``op`` in ``fastalex.kernels.<module>``, for :meth:`KernelTable.add`."""
 
-    def run(*args: Any, **options: Any) -> Any:
+    def run(*args: Any, known: Mapping[str, Any] = _NOTHING, **options: Any) -> Any:
         return getattr(_module(module), op)(
-            *args, **(options or _tuning.options(op, "triton", args))
+            *args, **known, **(options or _tuning.options(op, "triton", args))
         )
 
     def refuse(*args: Any) -> str | None:
@@ -70,5 +72,6 @@ def kernel(module: str, op: str, *, contested: bool = False) -> dict[str, Any]:
         "refuse": refuse,
         "candidates": candidates,
         "contested": contested,
+        "masks": masks,
         "note": note,
     }

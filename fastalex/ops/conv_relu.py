@@ -84,7 +84,8 @@ CONV_RELU_BACKWARD.kernels.add("cpu", _cpu_conv.conv_relu_backward, _cpu_conv.re
 CONV_RELU_BACKWARD.kernels.add("torch", _torch_backward, no_refusal)
 CONV_RELU.kernels.add("triton", **_triton.kernel("conv_relu", "conv_relu", contested=True))
 CONV_RELU_BACKWARD.kernels.add(
-    "triton", **_triton.kernel("conv_relu_backward", "conv_relu_backward", contested=True)
+    "triton",
+    **_triton.kernel("conv_relu_backward", "conv_relu_backward", contested=True, masks=True),
 )
 _cuda.add_to(CONV_RELU, CONV_RELU_BACKWARD)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastalex._geometry import convolved_size, empty_in_layout, pooled_size
 from fastalex.backends import forced, no_refusal
-from fastalex.ops import _cpu, _cpu_conv, _triton
+from fastalex.ops import _chain, _cpu, _cpu_conv, _triton
 from fastalex.ops._arguments import Pair, lrn_scale
 from fastalex.ops._operator import Operator, gradients_may_follow
 from fastalex.ops.conv_relu import (
@@ -139,8 +140,19 @@ def _forced_to_parts(operator: Operator, arguments: tuple[Any, ...]) -> bool:
     return whole.refuse(*arguments) is not None and part.refuse(*arguments[:_AFTER_CONV]) is None
 
 
+def _pool_link(*lrn_and_pool: Any) -> _chain.Link:
+    *lrn, kernel, stride, padding, ceil_mode = lrn_and_pool
+    if lrn:
+        return _chain.Link(LRN_MAX_POOL, (), lrn_and_pool)
+    return _chain.Link(MAX_POOL, (), (kernel, stride, padding, (1, 1), ceil_mode))
+
+
 def _run(operator: Operator, arguments: tuple[Any, ...], lrn_and_pool: tuple[Any, ...]) -> Tensor:
     """The operator at inference. Where gradients may follow, its parts: they save what the backward pass needs."""
+    if _chain.pays(arguments[0], arguments[1:3]):
+        conv = _chain.Link(CONV_RELU, arguments[1:3], arguments[3:])
+        pool = _pool_link(*lrn_and_pool)
+        return _chain.run(arguments[0], (lambda _: conv, lambda _: pool))
     whole = (*arguments, *lrn_and_pool)
     if gradients_may_follow(*arguments[:3]) or _forced_to_parts(operator, whole):
         map = call_as_conv(CONV_RELU, arguments)
@@ -255,32 +267,61 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _merges(conv: nn.Module, pool: nn.Module) -> bool:
-    """Whether two layers that follow one another can run as one operator."""
-    return (
-        type(conv) is Conv2dReLU
-        and conv.padding_mode == "zeros"
-        and (
-            type(pool) is LRNMaxPool2d
-            or (
-                type(pool) is MaxPool2d and pool.dilation in (1, (1, 1)) and not pool.return_indices
-            )
-        )
-        and not (_has_hooks(conv) or _has_hooks(pool))
-    )
+def _convolves(layer: nn.Module) -> bool:
+    """Whether a layer can run as one operator with what follows it."""
+    return type(layer) is Conv2dReLU and layer.padding_mode == "zeros" and not _has_hooks(layer)
+
+
+def _pools(layer: nn.Module) -> bool:
+    """Whether a layer can run as one operator with the convolution before it."""
+    plain = type(layer) is MaxPool2d and layer.dilation in (1, (1, 1)) and not layer.return_indices
+    return (plain or type(layer) is LRNMaxPool2d) and not _has_hooks(layer)
+
+
+def _end_of_chain(layers: list[nn.Module], at: int) -> int:
+    """Where the convolutions from ``at`` on end, with a pool behind them."""
+    end = at
+    while end < len(layers) and _convolves(layers[end]):
+        end += 1
+    return end + (at < end < len(layers) and _pools(layers[end]))
+
+
+def _link(layer: Any, map: Tensor) -> _chain.Link:
+    """The checked call of a layer of a chain on a map."""
+    if isinstance(layer, Conv2dReLU):
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        arguments = conv_arguments(map, layer.weight, layer.bias, *geometry)  # type: ignore[arg-type]
+        return _chain.Link(CONV_RELU, arguments[1:3], arguments[3:])
+    window = (layer.kernel_size, layer.stride, layer.padding, 1, layer.ceil_mode)
+    if isinstance(layer, MaxPool2d):
+        pool = pool_geometry(map.shape, *window, "max_pool2d")[:3]
+        return _pool_link(*pool, layer.ceil_mode)
+    pool = pool_geometry(map.shape, *window, "lrn_max_pool2d")[:3]
+    norm = (layer.beta, layer.k, layer.groups)
+    scale = lrn_scale(map.shape, layer.size, layer.alpha, *norm, layer.alpha_mode, "lrn_max_pool2d")
+    return _pool_link(layer.size, scale, *norm, *pool, layer.ceil_mode)
 
 
 class FusedSequential(nn.Sequential):
     """:class:`torch.nn.Sequential` that runs a :class:`Conv2dReLU` and the pool after it as one operator.
 
-    Placeholders (:class:`torch.nn.Identity`) between them don't count; layers that have hooks run by themselves.
+    On a GPU, in training, the maps between convolutions and their pool are its own: the kernel that makes a map's
+    gradient then masks it by the ReLU. Placeholders (:class:`torch.nn.Identity`) between layers don't count; layers
+    that have hooks run by themselves.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         layers = [layer for layer in self if type(layer) is not nn.Identity or _has_hooks(layer)]
         at = 0
         while at < len(layers):
-            if at + 1 < len(layers) and _merges(layers[at], layers[at + 1]):
+            end = _end_of_chain(layers, at)
+            chain = layers[at:end]
+            if len(chain) > 1 and _chain.pays(
+                input, (p for layer in chain for p in layer.parameters())
+            ):
+                input = _chain.run(input, [functools.partial(_link, layer) for layer in chain])
+                at = end
+            elif len(chain) == 2 and _pools(chain[1]):
                 input = _run_merged(input, layers[at], layers[at + 1])  # type: ignore[arg-type]
                 at += 2
             else:

@@ -90,7 +90,7 @@ LRN_MAX_POOL.kernels.add("cpu", _cpu_lrn_max_pool, _cpu.refuse)
 LRN_MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_lrn_max_pool_backward, _cpu.refuse)
 LRN_MAX_POOL.kernels.add("triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool"))
 LRN_MAX_POOL_BACKWARD.kernels.add(
-    "triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool_backward")
+    "triton", **_triton.kernel("lrn_max_pool", "lrn_max_pool_backward", masks=True)
 )
 _cuda.add_to(LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD)
 

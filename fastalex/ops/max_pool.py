@@ -93,7 +93,9 @@ MAX_POOL_BACKWARD.kernels.add("torch", _torch.in_layout(reference.max_pool_backw
 MAX_POOL.kernels.add("cpu", _cpu_max_pool, _cpu.refuse)
 MAX_POOL_BACKWARD.kernels.add("cpu", _cpu_max_pool_backward, _cpu.refuse)
 MAX_POOL.kernels.add("triton", **_triton.kernel("max_pool", "max_pool"))
-MAX_POOL_BACKWARD.kernels.add("triton", **_triton.kernel("max_pool", "max_pool_backward"))
+MAX_POOL_BACKWARD.kernels.add(
+    "triton", **_triton.kernel("max_pool", "max_pool_backward", masks=True)
+)
 _cuda.add_to(MAX_POOL, MAX_POOL_BACKWARD)
 
 

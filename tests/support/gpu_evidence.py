@@ -35,11 +35,13 @@ smaller GPUs; on gfx942, dtypes other than float16 |
 by 5 % goes unseen | each is planted, and the ledger's test names it | what a profiler would add |
 | 64-bit offsets where a tensor needs them, and only there | launches recorded on meta tensors; \
 strided views 2^31 elements apart in the interpreter | |
-| launches: 8 forward (stock 27 and more), 21 backward (stock 44 and more; on sm_8x 22) for the paper's network at \
+| launches: 8 forward (stock 27 and more), 17 backward (stock 44 and more) for the paper's network at \
 batch 32, but for one that reorders conv1's weight | launches recorded; stock's ATen calls counted | |
 | under 6 % of the matrix work is padding, forward at batch 1 and from 4 on (channels_last) and in training at 128, \
 but for what the docstrings count and "known to fall short" repeats | computed from the tiles | |
-| a first layer's weight gradient masks what it loads: one map more read, no pass | bytes counted in the interpreter | |
+| inside a chain of layers a ReLU's mask is applied where its map's gradient is made, for one read of the map \
+or none (LRN's); alone, a first layer's weight gradient masks what it loads | bit for bit what a pass gives; bytes \
+counted in the interpreter | |
 | LRN, pooling and the pair move at most 1.05 times the compulsory bytes | sectors counted in the \
 interpreter, over the grid | that caches keep what a program rereads |
 | eight-warp tiles | executed in the interpreter, compiled | right on hardware: the tuner compares \
@@ -68,7 +70,8 @@ Known to fall short:
   pad less issue more instructions (`kernels/conv_relu_backward.py` has the counts).
 - A 13 x 13 map of one or two images pads 13.6 %: tiles that pad less copy the weights eleven times
   (`kernels/conv_relu.py`). NCHW pads under 6 % at batch 1, but for those maps, and from batch 32 on.
-- The ReLU mask is a pass of its own, three maps moved, for every convolution but a first one; the same file counts why.
+- The ReLU mask is a pass of its own, three maps moved, for a convolution whose map others can see, and between
+  convolutions in NCHW; the same file counts why.
 - conv1 and its pool in one kernel wastes 35 % of its matrix work on what patches share; on a B200 its bound is above
   the two kernels'.
 

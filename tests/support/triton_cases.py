@@ -135,6 +135,20 @@ def pointwise_cases(dtype_name: str, last: bool, every: bool) -> Iterator[Case]:
         "pool_backward",
         lambda t: lrn_max_pool_backward(pooled, x, taps, *LRN, *POOL, launch=t),
     )
+    yield from each(
+        configs.POOL,
+        ("backward", last, False),
+        "max_pool_backward/masking",
+        "pool_backward",
+        lambda t: max_pool_backward(pooled, taps, (55, 55), *POOL, (1, 1), rectified=x, launch=t),
+    )
+    yield from each(
+        configs.POOL,
+        ("backward", last, True),
+        "lrn_max_pool_backward/masking",
+        "pool_backward",
+        lambda t: lrn_max_pool_backward(pooled, x, taps, *LRN, *POOL, rectified=x, launch=t),
+    )
 
 
 def forward_cases(
@@ -194,9 +208,12 @@ def backward_cases(
     # the weight gradient of a first layer, and what it could be of another, masks its operand itself
     if configs.masks_at_load((False, True), arch) and name in ("conv1", "conv3"):
         found["first-weight"] = found["weight"]
+    # the input gradient of a layer behind another, and what it could be of conv3, masks what it makes
+    if last and name in ("conv3", "conv4", "conv5"):
+        found["masking-input"] = found["input"]
     for which, listed in found.items():
         tiles = list(dict.fromkeys(listed))
-        side = which.removeprefix("first-")
+        side = which.removeprefix("first-").removeprefix("masking-")
         wanted = (side == "input", side == "weight", side == "weight")
         for i, tile in enumerate(tiles if every else tiles[:1]):
             yield Case(
@@ -211,7 +228,8 @@ def backward_cases(
                     weight,
                     *rest,
                     wanted,
-                    grad_is_masked=which == side,
+                    grad_is_masked=which != "first-weight",
+                    rectified_input=which == "masking-input",
                     precision=precision,
                     **{side + "_tile": tile},
                 ),
