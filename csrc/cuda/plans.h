@@ -15,7 +15,8 @@ inline long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
 
 inline int to_int(long long value, const char* what) {
   if (value > 0x7fffffffll)
-    throw std::runtime_error(std::string("fastalex: ") + what + " exceeds 2^31 - 1");
+    throw std::runtime_error(std::string("fastalex: ") + what + " is " + std::to_string(value) +
+                             "; kernels count it up to 2^31 - 1: split the batch");
   return static_cast<int>(value);
 }
 

@@ -25,17 +25,17 @@ PoolParams pool_params(const Sizes& kernel, const Sizes& stride, const Sizes& pa
 
 void check_lrn_input(const Tensor& input, int64_t size, int64_t groups, const char* op) {
   check_cuda(input, op, "input");
-  STD_TORCH_CHECK(input.dim() >= 3, "fastalex::", op, ": input must be [N, C, ...], got ",
-                  describe(input));
-  STD_TORCH_CHECK(size >= 1, "fastalex::", op, ": size must be at least 1, got ", size);
-  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, "fastalex::", op, ": ", input.size(1),
-                  " channels do not divide into ", groups, " groups");
+  require(input.dim() >= 3, op, "input is ", describe(input),
+          "; it must be [N, C, ...]: unsqueeze() what it lacks");
+  require(size >= 1, op, "size is ", size, "; it must be at least 1 channel");
+  require(groups >= 1 && input.size(1) % groups == 0, op, "groups is ", groups,
+          "; it must divide the ", input.size(1), " channels");
 }
 
 void check_pool_input(const Tensor& input, const char* op) {
   check_cuda(input, op, "input");
-  STD_TORCH_CHECK(input.dim() == 4, "fastalex::", op, ": input must be [N, C, H, W], got ",
-                  describe(input));
+  require(input.dim() == 4, op, "input is ", describe(input),
+          "; it must be [N, C, H, W]: unsqueeze(0) a single image");
 }
 
 Sizes sizes_of(const Tensor& t) {
@@ -54,8 +54,9 @@ PoolOutputs pool_outputs_of(const Tensor& input, bool channels_last, const PoolP
   for (int axis = 0; axis < 2; axis++) {
     sizes[2 + axis] = pool_outputs(input.size(2 + axis), p.kernel[axis], p.stride[axis],
                                    p.padding[axis], p.dilation[axis], ceil_mode);
-    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex::", op, ": the window does not fit ",
-                    describe(input));
+    require(sizes[2 + axis] > 0, op, "a window of ", p.kernel[axis], " with padding ",
+            p.padding[axis], " and dilation ", p.dilation[axis], " does not fit input ",
+            describe(input), ": pad more, or take a smaller one");
   }
   const bool wide = p.kernel[0] * p.kernel[1] > 256;
   Tensor output = empty(sizes, input.scalar_type(), input, channels_last);
@@ -66,9 +67,8 @@ PoolOutputs pool_outputs_of(const Tensor& input, bool channels_last, const PoolP
 
 Offsets offsets_of(const Tensor& offsets, const Tensor& grad, const char* op) {
   check_cuda(offsets, op, "offsets");
-  STD_TORCH_CHECK(
-      sizes_of(offsets) == sizes_of(grad), "fastalex::", op,
-      ": offsets and grad must have one shape; was forward run with save_offsets=True?");
+  require(sizes_of(offsets) == sizes_of(grad), op, "offsets are ", describe(offsets), " and grad ",
+          describe(grad), "; they must have one shape: run forward with save_offsets=True");
   return {view_of(offsets), offsets.scalar_type() == ScalarType::Int};
 }
 

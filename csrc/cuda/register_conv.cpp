@@ -23,13 +23,11 @@ ConvParams conv_params(const Sizes& stride, const Sizes& padding, const Sizes& d
 void check_conv(const Tensor& input, const Tensor& weight, int64_t groups, const char* op) {
   check_cuda(input, op, "input");
   check_like(weight, input, op, "weight");
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "fastalex::", op,
-                  ": input must be [N, C, H, W] and weight [K, C / groups, R, S], got ",
-                  describe(input), " and ", describe(weight));
-  STD_TORCH_CHECK(
-      groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
-      "fastalex::", op, ": weight ", describe(weight), " does not fit ", input.size(1),
-      " channels in ", groups, " groups");
+  require(input.dim() == 4 && weight.dim() == 4, op, "input is ", describe(input), " and weight ",
+          describe(weight), "; they must be [N, C, H, W] and [K, C / groups, R, S]");
+  require(groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
+          op, "weight ", describe(weight), " does not fit ", input.size(1), " channels in ", groups,
+          " groups; it must be [K, C / groups, R, S], and groups divide K");
 }
 
 Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& p, const char* op) {
@@ -37,8 +35,9 @@ Sizes output_sizes(const Tensor& input, const Tensor& weight, const ConvParams& 
   for (int axis = 0; axis < 2; axis++) {
     sizes[2 + axis] = pool_outputs(input.size(2 + axis), weight.size(2 + axis), p.stride[axis],
                                    p.padding[axis], p.dilation[axis], false);
-    STD_TORCH_CHECK(sizes[2 + axis] > 0, "fastalex::", op, ": the filter does not fit ",
-                    describe(input));
+    require(sizes[2 + axis] > 0, op, "a kernel of ", weight.size(2 + axis), " with padding ",
+            p.padding[axis], " and dilation ", p.dilation[axis], " does not fit input ",
+            describe(input), ": pad more, or take a smaller one");
   }
   return sizes;
 }

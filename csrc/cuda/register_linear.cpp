@@ -11,12 +11,11 @@ namespace {
 void check_linear(const Tensor& input, const Tensor& weight, const char* op) {
   check_cuda(input, op, "input");
   check_like(weight, input, op, "weight");
-  STD_TORCH_CHECK(input.dim() >= 2 && weight.dim() == 2, "fastalex::", op,
-                  ": input must be [..., I] and weight [O, I], got ", describe(input), " and ",
-                  describe(weight));
-  STD_TORCH_CHECK(weight.size(1) > 0 && weight.size(1) == input.size(input.dim() - 1),
-                  "fastalex::", op, ": weight ", describe(weight), " does not fit input ",
-                  describe(input));
+  require(input.dim() >= 2 && weight.dim() == 2, op, "input is ", describe(input), " and weight ",
+          describe(weight), "; they must be [..., I] and [O, I]");
+  require(weight.size(1) > 0 && weight.size(1) == input.size(input.dim() - 1), op, "weight ",
+          describe(weight), " does not fit input ", describe(input),
+          "; both must end in I, and it must not be 0");
 }
 
 // One row after another, each dense.

@@ -94,9 +94,8 @@ DType dtype_of(const Tensor& t, const char* op) {
     case ScalarType::BFloat16:
       return DType::bf16;
     default:
-      throw std::runtime_error(
-          std::string("fastalex::") + op + ": takes float32, float16 or bfloat16, got " +
-          name_of(t.scalar_type()) + ": convert the input, or use the torch backend");
+      fail(op, "input is ", name_of(t.scalar_type()),
+           "; it must be float32, float16 or bfloat16: convert it, or use the torch backend");
   }
 }
 
@@ -106,19 +105,20 @@ void check_cuda(const Tensor& t, const char* op, const char* name) {
 #else
   const bool served = t.is_cuda();
 #endif
-  STD_TORCH_CHECK(
-      served, "fastalex::", op, ": `", name,
-      "` is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
-  STD_TORCH_CHECK(is_aligned(t.data_ptr(), t.element_size()), "fastalex::", op, ": `", name,
-                  "` does not start at a multiple of its elements' size: clone() it");
+  require(served, op, name,
+          " is not on a CUDA device: move it with .cuda(), or use the cpu or torch backend");
+  require(is_aligned(t.data_ptr(), t.element_size()), op, name,
+          " does not start at a multiple of its elements' size: clone() it");
 }
 
 void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
   check_cuda(t, op, name);
-  STD_TORCH_CHECK(t.get_device_index() == input.get_device_index(), "fastalex::", op, ": `", name,
-                  "` is on another CUDA device than the input");
-  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fastalex::", op, ": `", name, "` is ",
-                  name_of(t.scalar_type()), " and the input ", name_of(input.scalar_type()));
+  require(t.get_device_index() == input.get_device_index(), op, "input is on CUDA device ",
+          input.get_device_index(), " and ", name, " on ", t.get_device_index(),
+          ": move one with .to()");
+  require(t.scalar_type() == input.scalar_type(), op, "input is ", name_of(input.scalar_type()),
+          " and ", name, " ", name_of(t.scalar_type()),
+          "; they must agree: convert one with .to()");
 }
 
 void* address_of(const Tensor& t) {
@@ -189,8 +189,8 @@ int64_t pool_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t paddi
 OnDevice::OnDevice(const Tensor&) {}
 #else
 OnDevice::OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-                  "fastalex: this torch was built without CUDA: install one that was");
+  if (!aoti_torch_get_current_cuda_stream)
+    throw std::runtime_error("fastalex: this torch was built without CUDA: install one that was");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   stream_ = static_cast<Stream>(stream);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "require.h"
 
 #ifndef FASTALEX_NAMESPACE
 #define FASTALEX_NAMESPACE fastalex_cuda
