@@ -59,6 +59,19 @@ def memory_bound_calls(host, dtype):
     }
 
 
+def most_sectors_beside(name):
+    """Of ideal, for LRN's neighbouring channels, which 1.1 cannot hold.
+
+    A group of 48 halves is six packs of 16 bytes. The request for those beside asks for five, as the group ends
+    there: 80 bytes, 2.5 sectors, in 3. Two such requests and an own one of 96 bytes make (3 + 3 + 3) / (2.5 +
+    2.5 + 3) = 1.125, and a warp's ends, which cut a group, up to 1.15 (measured 1.148; float32, with twelve
+    packs, 1.073). They are L1 hits: no byte of DRAM is lost. The fused pair's threads take several pixels, and
+    the trace, which pairs the k-th loads of a warp's threads, then pairs those of different pixels wherever a
+    thread at a group's end skipped one.
+    """
+    return 1.35 if name == "lrn_max_pool" else 1.15
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "name",
@@ -84,9 +97,7 @@ def test_memory_bound_kernels_touch_what_they_must(host, name, dtype):
     }
     assert wide
     for place, line in wide.items():
-        # Neighbouring channels are asked for 16 bytes off the sectors, in runs no longer than a
-        # group: half a sector too much at each end. They are L1 hits, so no byte of DRAM is lost.
-        allowed = 1.4 if place.startswith("lrn_window.cuh") else 1.1
+        allowed = most_sectors_beside(name) if place.startswith("lrn_window.cuh") else 1.1
         assert line.units <= allowed * line.ideal, (place, line)
 
 

@@ -141,6 +141,9 @@ Known to fall short:
 - The ReLU mask and the bias gradient are one pass of their own, which also aligns the gradient for the two products
   behind it.
 - Channels-first `max_pool` reads single values.
+- LRN's neighbouring channels come through L1 in up to 1.15 times the ideal sectors, not 1.1: five of a group's
+  six packs are 80 bytes in three sectors (`tests/test_cuda_traces.py` has the count; the fused pair's traced
+  figure, 1.31 in float32, pairs loads of different pixels as well).
 - A window other than five channels, or beta other than 3/4, takes general kernels; their channels-first backward
   recomputes every sum, O(size^2) loads a value.
 
