@@ -86,6 +86,11 @@ def svg(draw: Callable[[Any], Any], title: str) -> str:
     return text.replace("<defs>", f"<title>{title}</title>\n<style>{PALETTE}</style>\n<defs>", 1)
 
 
+def _times(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
+
+
 def speedup(rows: Sequence[Row], caption: str) -> Callable[[Any], Any] | None:
     """Times as fast as the baseline, a bar a provider and case, on a logarithmic axis; None where no row has one."""
     groups = {
@@ -108,12 +113,13 @@ def speedup(rows: Sequence[Row], caption: str) -> Callable[[Any], Any] | None:
                 if row.provider == provider and row.ratio is not None
             ]
             drawn = axes.barh(*zip(*bars), height, label=provider, color=COLOURS[provider])  # noqa: B905
-            axes.bar_label(drawn, [f" {value:.2g}x" for _, value in bars], fontsize=7)
+            axes.bar_label(drawn, [f" {_times(value)}x" for _, value in bars], fontsize=7)
         places = [place + 0.4 - height / 2 for place in range(len(groups))]
         axes.set_yticks(places, list(groups), fontsize=8)
         axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.set_xlim(left=min(axes.get_xlim()[0], 0.9))  # bars say how far from 1 they end
         axes.set_xlim(right=2 ** math.ceil(math.log2(axes.get_xlim()[1]) + 0.5))
         axes.axvline(1, color=INK, linewidth=1)
         axes.set_xlabel(f"times as fast as torch {BASELINE}")
@@ -196,8 +202,9 @@ def roofline(rows: Sequence[Row], roof: Roof, caption: str) -> Callable[[Any], A
         axes.plot([], [], "o", color=INK, fillstyle="none", label="stock eager")
         axes.plot([], [], "s", color=INK, label="with gradients")
         axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte, compulsory traffic")
-        low, high = axes.get_xlim()
         ridge = peak / read
+        low, high = axes.get_xlim()
+        low, high = min(low, ridge / 4), max(high, ridge * 4)  # both halves of the roof
         axes.plot([low, ridge, high], [low * read, peak, peak], color=INK, linewidth=1.5)
         axes.text(low * 1.1, low * read * 1.6, f"{read:.0f} GB/s read", fontsize=8)
         axes.text(high, peak * 0.8, f"{peak:.0f} GFLOP/s", fontsize=8, ha="right", va="top")

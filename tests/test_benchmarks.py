@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -21,6 +22,7 @@ from benchmarks import (
     parity,
     photos,
     plots,
+    record,
     report,
     run,
     runner,
@@ -388,3 +390,19 @@ def test_cuda_without_a_gpu(capsys):
 def test_an_unknown_case_exits_2(capsys):
     assert run.main(["--cases", "nothing"]) == 2
     assert "no case matches 'nothing'; there are alexnet/infer" in capsys.readouterr().err
+
+
+def test_plots_of_few_rows_show_the_whole_roof_and_bars_from_one():
+    from matplotlib import pyplot
+
+    run = record.load("results")
+    few = [row for row in run.rows if row.case.startswith("lrn/fwd/f32/")]
+    few = [dataclasses.replace(row, ratio=row.ratio and row.ratio / 20) for row in few]
+    (axes,) = plots.roofline(few, run.roof, "")(pyplot).axes
+    low, high = axes.get_xlim()
+    assert low < run.roof.flops[torch.float32] / run.roof.bandwidth < high
+    (axes,) = plots.speedup(few, "")(pyplot).axes
+    low, high = axes.get_xlim()
+    assert not any("e+" in text.get_text() for text in axes.texts)
+    assert low < 1 < min(1 / row.ratio for row in few if row.provider == "fastalex") < high
+    pyplot.close("all")
