@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastalex
 from fastalex import ops
@@ -104,6 +105,21 @@ def test_gradients_run_where_the_chain_was_forced():
             thread.join()
         results.append(leaf.grad)
     assert torch.equal(*results)
+
+
+def test_checkpoints_make_the_maps_anew():
+    parts, x = layers(torch.float32), torch.randn(1, 4, 7, 7)
+    model = ops.FusedSequential(*parts)
+
+    def checkpointed(x):
+        return checkpoint(model, x, use_reentrant=False)
+
+    checkpointed.zero_grad = model.zero_grad
+    checkpointed.named_parameters = model.named_parameters
+    checkpointed.parameters = model.parameters
+    expected = found(model, x.clone().requires_grad_())
+    for ours, each in zip(found(checkpointed, x.clone().requires_grad_()), expected, strict=True):
+        assert torch.equal(ours, each)
 
 
 def test_a_changed_parameter_is_noticed():

@@ -90,7 +90,8 @@ class _Chain(torch.autograd.Function):
     @where_forced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[3:]
-        tensors, kept = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew at every look
+        tensors, kept = saved[: len(needs)], saved[len(needs) :]
         grads: list[Tensor | None] = [None] * len(needs)
         if torch.is_grad_enabled():  # the maps' own derivatives are wanted too
             wanted = [at for at, need in enumerate(needs) if need]
@@ -119,9 +120,9 @@ class _Chain(torch.autograd.Function):
                 ]
             else:
                 plain = operator is MAX_POOL
-                saved = (kept[i], map.shape[-2:]) if plain else (map, kept[i])
+                forward = (kept[i], map.shape[-2:]) if plain else (map, kept[i])
                 backward = MAX_POOL_BACKWARD if plain else LRN_MAX_POOL_BACKWARD
-                grad, masked = backward.run_knowing((grad, *saved, *rest[:-1]), rectified=map)
+                grad, masked = backward.run_knowing((grad, *forward, *rest[:-1]), rectified=map)
             if not wants_map:
                 break
         else:
