@@ -15,7 +15,11 @@ import pytest
 from benchmarks import cases
 from benchmarks.run import parse
 from fastalex import _native
+from fastalex.train import Options
 from fastalex.train.__main__ import parser as train_parser
+from fastalex.train.build import make_model
+from fastalex.train.data import DEFAULTS
+from fastalex.train.options import given as given_options
 from tests.support import tutorial
 from tests.support.packaging import ROOT, run
 
@@ -71,7 +75,11 @@ def is_understood_by_the_trainer(command: str) -> None:
     known = ("train", "finetune", "evaluate", "sweep", "ablate")
     with contextlib.suppress(IndexError):
         given = given if given[0] in known else ["train", *given]
-    train_parser().parse_args(given)
+    options = train_parser().parse_args(given)
+    if getattr(options, "parallel", None) == "towers":
+        chosen = given_options(options)
+        network = make_model(Options(**DEFAULTS[chosen.get("data", "digits")] | chosen), 10)
+        assert network.towers == int(re.search(r"--nproc-per-node (\d)", command)[1])
 
 
 def has_its_flags(command: str) -> None:

@@ -30,7 +30,9 @@ def weighted(net: AlexNet) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def require_divisible(net: AlexNet, count: int, shared: bool) -> None:
     """Raises unless the network splits into ``count`` shares; ``shared``: the convolutions split too."""
     if shared and net.towers != count:
-        raise ValueError(f"the network has {net.towers} towers, and there are {count} places")
+        raise ValueError(
+            f"the network has {net.towers} towers, and there are {count} places: build it with towers={count}"
+        )
     if shared and net.norm == "lrn" and net.lrn["groups"] != count:
         raise ValueError(
             "normalisation across all channels needs every tower's map at once; only a network "
