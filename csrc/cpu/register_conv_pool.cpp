@@ -26,11 +26,29 @@ struct Pooling {
 
   void run(DType dtype, const Map& map, const Map& output) const {
     const MaxPoolCall call{dtype, pool, map, output, {}};
-    if (normalise) {
+    if (normalise && map.height * map.width == 1) {
+      run_pixels(dtype, map, output);
+    } else if (normalise) {
       kernels().lrn_max_pool({lrn, call});
     } else {
       kernels().max_pool(call);
     }
+  }
+
+ private:
+  // A map of one pixel is a plane to the operators, whatever layout it came in, and a plane's
+  // channels are summed in another order than a pixel's.
+  void run_pixels(DType dtype, const Map& map, const Map& output) const {
+    std::vector<char> normalised(map.batch * map.channels * element_size(dtype));
+    Map planes = map;
+    planes.channels_last = false;
+    planes.channel_stride = planes.row_stride = planes.pixel_stride = 1;
+    Map result = planes;
+    result.data = normalised.data();
+    kernels().lrn({dtype, lrn, planes, result});
+    result.channels_last = output.channels_last;
+    result.row_stride = result.pixel_stride = output.channels_last ? map.channels : 1;
+    kernels().max_pool({dtype, pool, result, output, {}});
   }
 };
 
