@@ -38,10 +38,11 @@ def refuse_device(first: Tensor) -> str | None:
 
 def refuse(first: Tensor, *rest: Any) -> str | None:
     """The refusal of every operator whose first argument decides: device and dtype."""
-    reason = refuse_device(first)
-    if reason is None and first.dtype not in DTYPES:
+    if _native.error is not None or not first.is_cpu:
+        return refuse_device(first)
+    if first.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 and float16, and this tensor is {first.dtype}"
-    return reason
+    return None
 
 
 def native(name: str) -> Callable[..., Any]:

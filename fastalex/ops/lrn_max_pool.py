@@ -101,7 +101,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(input, output[1] if save_offsets else None)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     input, offsets = ctx.saved_tensors
     if offsets is None:
         raise RuntimeError("lrn_max_pool ran with save_offsets=False, so it has no gradient")
@@ -109,7 +109,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, *(None,) * 10
 
 
-LRN_MAX_POOL.register_autograd(_backward, _save)
+LRN_MAX_POOL.register_autograd(_backward, _save, beside=True)
 LRN_MAX_POOL.register_vmap([0])
 LRN_MAX_POOL_BACKWARD.differentiate_reference(reference.lrn_max_pool_backward, tensors=[0, 1])
 LRN_MAX_POOL_BACKWARD.register_vmap([0, 1, 2])

@@ -106,14 +106,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(output[1] if save_offsets else None)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (offsets,) = ctx.saved_tensors
     if offsets is None:
         raise RuntimeError("max_pool ran with save_offsets=False, so it has no gradient")
     return MAX_POOL_BACKWARD(grad, offsets, ctx.input_size, *ctx.geometry), *(None,) * 6
 
 
-MAX_POOL.register_autograd(_backward, _save)
+MAX_POOL.register_autograd(_backward, _save, beside=True)
 MAX_POOL.register_vmap([0])
 MAX_POOL_BACKWARD.differentiate_reference(reference.max_pool_backward, tensors=[0])
 MAX_POOL_BACKWARD.register_vmap([0, 1])
