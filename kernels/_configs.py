@@ -201,7 +201,7 @@ def with_split(tile: ConvTile, conv: Conv, scheme: str, batch: int) -> ConvTile:
         conv.products // (tile.k * FEWEST_STEPS),
         FEW_PROGRAMS // tile_programs(tile, conv, batch),
     )
-    steps = -(-conv.products // tile.k)
+    steps = max(-(-conv.products // tile.k), 1)  # without products there is still the bias
     share = -(-steps // max(most, 1))
     return replace(tile, split=-(-steps // share))  # no part without a step
 

@@ -76,7 +76,7 @@ def test_the_planner_asks_for_what_the_launchers_launch(dtype, layout):
 
 def test_planner_errors_become_exceptions():
     x = torch.empty(1 << 17, dtype=torch.float16).as_strided((1, 1, 1 << 16, 1 << 15), (0, 0, 1, 1))
-    with pytest.raises(RuntimeError, match=r"exceeds 2\^31 - 1 \[fastalex::lrn float16"):
+    with pytest.raises(RuntimeError, match=r"up to 2\^31 - 1: split the batch \[fastalex::lrn"):
         _cuda_native.planned("lrn", (x, 5, 1e-4, 0.75, 1.0, 1))
 
 

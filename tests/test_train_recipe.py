@@ -306,9 +306,12 @@ def test_every_command_of_the_manual_is_understood():
     from fastalex.train.__main__ import COMMANDS, parser
 
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    (block,) = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = [line.partition("#")[0].split()[3:] for line in block.splitlines()]
-    assert len(lines) >= 8
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    found = (
+        line.partition("#")[0].partition("-m fastalex.train")[2] for line in blocks.splitlines()
+    )
+    lines = [words.split() for words in found]
+    assert len(lines) >= 10
     for words in lines:
         named = bool(words) and words[0] in COMMANDS
         arguments = parser().parse_args(words if named else ["train", *words])
