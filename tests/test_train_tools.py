@@ -311,7 +311,6 @@ def test_fused_and_stock_losses_agree_within_rounding_for_fifty_steps(precision)
 # --- the sweep and the ablations -----------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_rate_too_high_for_a_fixed_batch_is_not_called_a_broken_network(tmp_path, monkeypatch):
     options = train_tiny.options(preset="cifar10", batch=32, crop=32, labels="0-2", lr=None)
     run = Sweep(options, tmp_path, Screen(quiet=True))
@@ -327,6 +326,7 @@ def test_a_rate_too_high_for_a_fixed_batch_is_not_called_a_broken_network(tmp_pa
     assert run.results["overfit"]["step"] is None
 
 
+@pytest.mark.slow
 def test_the_sweep_goes_through_its_steps(tmp_path, monkeypatch):
     options = train_tiny.options(preset="cifar10", batch=32, crop=32, labels="0-2", lr=None)
     run = Sweep(options, tmp_path, Screen(quiet=True))
