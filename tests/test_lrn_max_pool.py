@@ -92,7 +92,7 @@ def test_backward(backend, dtype, lrn, pool):
         summing = both[0][0] * both[0][1] * bounds.compute_eps(dtype)
         if backend == "torch":  # rounds the unpooled gradient to the narrow type in between
             summing += bounds.eps(dtype)
-        bound = bounds.lrn_backward_bound(reach, wide, operands, dtype, summing)
+        bound = bounds.lrn_backward_bound(reach, wide, operands, dtype, summing, backend)
         bounds.assert_within(gx, expected, bound + bounds.rounding(expected, dtype))
 
 

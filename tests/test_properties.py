@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastalex import reference, use_backend
+from fastalex import _native, reference, use_backend
 from fastalex.ops.lrn import LRN, LRN_BACKWARD
 from fastalex.ops.lrn_max_pool import LRN_MAX_POOL, LRN_MAX_POOL_BACKWARD
 from fastalex.ops.max_pool import MAX_POOL, MAX_POOL_BACKWARD
@@ -27,6 +27,8 @@ from tests.support.draws import (
     pools,
     seeds,
 )
+
+BACKEND = f"cpu-{_native.isa()}"
 
 
 @examples
@@ -51,9 +53,9 @@ def test_lrn(lrn, batch, trailing, dtype, layout, grad_layout, seed):
     assert y.dtype is gx.dtype is dtype
     wide, wide_g = x.double(), g.double()
     expected = reference.lrn(wide, *arguments)
-    bounds.assert_within(y, expected, bounds.lrn_bound(wide, arguments, dtype))
+    bounds.assert_within(y, expected, bounds.lrn_bound(wide, arguments, dtype, BACKEND))
     expected = reference.lrn_backward(wide_g, wide, *arguments)
-    bound = bounds.lrn_backward_bound(wide_g, wide, arguments, dtype)
+    bound = bounds.lrn_backward_bound(wide_g, wide, arguments, dtype, 0.0, BACKEND)
     bounds.assert_within(gx, expected, bound + bounds.rounding(expected, dtype))
     for result in (y, gx) if x.dim() == 4 else ():
         assert_laid_out_as(result, x)
@@ -149,7 +151,7 @@ def test_lrn_max_pool(lrn, pool, batch, dtype, layout, grad_layout, seed):
 
     wide = x.double()
     normalised = reference.lrn(wide, *arguments)
-    allowed = bounds.lrn_bound(wide, arguments, dtype)
+    allowed = bounds.lrn_bound(wide, arguments, dtype, BACKEND)
     lowest, highest = (
         reference.max_pool(map, *geometry, ceil_mode, False)[0]
         for map in (normalised - allowed, normalised + allowed)
@@ -162,5 +164,5 @@ def test_lrn_max_pool(lrn, pool, batch, dtype, layout, grad_layout, seed):
     reach = reference.max_pool_backward(g.double().abs(), *pooling)
     expected = reference.lrn_backward(unpooled, wide, *arguments)
     summing = geometry[0][0] * geometry[0][1] * bounds.compute_eps(dtype)
-    bound = bounds.lrn_backward_bound(reach, wide, arguments, dtype, summing)
+    bound = bounds.lrn_backward_bound(reach, wide, arguments, dtype, summing, BACKEND)
     bounds.assert_within(gx, expected, bound + bounds.rounding(expected, dtype))
