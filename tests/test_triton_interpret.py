@@ -30,14 +30,6 @@ ONE = (1, 1)
 HALF_AND_SINGLE = [BF16, pytest.param(F32, marks=pytest.mark.slow)]
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Every torch.empty of the package is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @triton.jit
 def round_trip(x, wide, back, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)

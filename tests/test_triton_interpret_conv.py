@@ -34,14 +34,6 @@ ONE = (1, 1)
 ALL = (True, True, True)
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Every torch.empty of the package is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # what costs the interpreter least, not a GPU: large tiles, and the pixels in two parts
 FEW_PROGRAMS = configs.ConvTile(128, 64, 0, 64, 8, 3), configs.ConvTile(64, 64, 0, 128, 8, 3, 2)
 HALF_AND_SINGLE = [BF16, pytest.param(F32, marks=pytest.mark.slow)]

@@ -36,14 +36,6 @@ POOLS = [((3, 3), (2, 2), ONE, True), ((3, 3), (2, 2), (0, 0), False)]
 TILE = configs.CONV_POOL[0]
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Every torch.empty of the package is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def pair(x, weight, bias, convolution, pool):
     map = conv_relu(x, weight, bias, *convolution)
     return max_pool(map, *pool[:3], ONE, pool[3], False)[0]
