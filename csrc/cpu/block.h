@@ -39,12 +39,11 @@ inline U32 narrow_words(const Block<bfloat16>& block) {
     return v == v ? up : bits | 0x400000u;
   };
 #if defined(__AVX512F__)
-  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
   constexpr int kSubnormal = 0x20;  // what the instruction takes for zero
   const auto [even, odd] = block.part;
   const int subnormal = _mm512_fpclass_ps_mask((__m512)even, kSubnormal) |
                         _mm512_fpclass_ps_mask((__m512)odd, kSubnormal);
-  if (__builtin_expect(has_instruction && subnormal == 0, 1)) {
+  if (__builtin_expect(has_bfloat16_instructions() && subnormal == 0, 1)) {
     __m512i halves;  // spelt in assembly because these files are compiled for every AVX-512 machine
     asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(even), "v"(odd));
     typedef uint16_t U16 __attribute__((vector_size(64)));
@@ -70,9 +69,10 @@ inline Block<S> load_block(const S* p) {
 
 template <class S>
 inline Block<S> load_block_up_to(const S* p, int64_t count) {
-  if constexpr (kParts<S> == 1) return {load_up_to(p, count)};
-  if (count >= kBlock<S>) return load_block(p);
-  if constexpr (kParts<S> == 2) {
+  if constexpr (kParts<S> == 1) {
+    return {load_up_to(p, count)};
+  } else {
+    if (count >= kBlock<S>) return load_block(p);
 #if defined(__AVX512BW__)
     return widen_words((U32)_mm512_maskz_loadu_epi16((1u << count) - 1u, p));
 #else

@@ -40,6 +40,16 @@ using I32 = Vec<int32_t>;
 typedef uint16_t U16Half __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint8_t U8Quarter __attribute__((vector_size(kVectorBytes / 4)));
 
+// Whether this processor multiplies pairs of bfloat16 and rounds to them: not every AVX-512 one.
+inline bool has_bfloat16_instructions() {
+#if defined(__AVX512F__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 template <class T>
 inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
@@ -217,10 +227,9 @@ inline Vec<compute_t<S>> load_strided(const S* p, int64_t stride) {
   if (stride == 1) return load(p);
   if (stride == 2) {
 #if defined(__AVX512BW__)
-    if constexpr (std::is_same_v<S, bfloat16>) {  // the low halves of words; the last high half is
-                                                  // not read
-      const __m512i words = _mm512_maskz_loadu_epi16(0x7fffffff, p);
-      return (F32)_mm512_slli_epi32(words, 16);
+    if constexpr (std::is_same_v<S, bfloat16>) {  // the low halves of words
+      constexpr __mmask32 kAllButLastHigh = 0x7fffffff;
+      return (F32)_mm512_slli_epi32(_mm512_maskz_loadu_epi16(kAllButLastHigh, p), 16);
     }
 #endif
     // The second load starts one early, so that it ends with the last element wanted.

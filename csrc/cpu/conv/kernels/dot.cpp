@@ -108,7 +108,7 @@ void dot(const DotCall& call) {
   switch (call.dtype) {
     case DType::kBFloat16:
 #if defined(__AVX512F__)
-      if (has_pairs()) return multiply_rows<Pairing>(call);
+      if (has_bfloat16_instructions()) return multiply_rows<Pairing>(call);
 #endif
       return multiply_rows<Widening<bfloat16>>(call);
     case DType::kFloat16:

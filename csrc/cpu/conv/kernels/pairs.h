@@ -6,19 +6,12 @@
 namespace fastalex::cpu::FASTALEX_ISA {
 
 #if defined(__AVX512F__)
-inline bool has_pairs() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-}
-
 // sum + a's first of each pair times b's + a's second times b's; subnormal operands count as zero.
 // Spelt in assembly because these files are compiled for every AVX-512 machine.
 FASTALEX_INLINE F32 add_pair_products(F32 sum, F32 a, F32 b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }
-#else
-inline bool has_pairs() { return false; }
 #endif
 
 }  // namespace fastalex::cpu::FASTALEX_ISA

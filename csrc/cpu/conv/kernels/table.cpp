@@ -30,7 +30,7 @@ const conv::WinogradKernels* winograd(int taps, int big) {
 const conv::ConvKernels& conv_kernels() {
   static constexpr conv::ConvKernels kernels{
       .lanes = kLanes<float>,
-      .has_pairs = has_pairs,
+      .has_pairs = has_bfloat16_instructions,
       .max_rows = kMaxRows,
       .dot_outputs = kDotOutputs,
       .gemm = gemm,
